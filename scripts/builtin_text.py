@@ -160,7 +160,8 @@ def _clusters(opposite: dict[str, set[str]], used: Counter[str], count: int) -> 
             break
         # Ask for the word of the pair that has fewer antonyms: the question is less ambiguous.
         word = min((one, other), key=lambda w: (len(opposite[w]), w in done, w))
-        if word not in done:
+        # The question itself says "opposite".
+        if word not in done and "opposite" not in opposite[word]:
             done.add(word)
             asked[find(word)].append((word, sorted(opposite[word], key=lambda w: (-used[w], w))))
     return [asked[key] for key in sorted(asked)]
