@@ -1,0 +1,1 @@
+"""Recording: observing gates and pathways of a model on fixed probes, one file per checkpoint."""

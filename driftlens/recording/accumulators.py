@@ -1,0 +1,99 @@
+"""Sufficient statistics of a group of sites: summed on the device, merged on the host in float64.
+
+``batch_sums`` is what one batch adds (float32, on the device, no synchronisation); :class:`ProbeSums` adds
+batches and shards up. Everything is a plain sum over tokens, so the order of batches, shards or machines
+does not matter beyond float64 rounding (relative 1e-15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+__all__ = ["STATISTICS", "ProbeSums", "batch_sums"]
+
+STATISTICS = (
+    "gate_sum",
+    "gate_outer",
+    "gated_energy",
+    "second_moment",
+    "entropy",
+    "energy",
+    "expert_sq",
+    "base_sq",
+)
+"""Names of the per-site statistics (``count`` beside them is per probe, not per site)."""
+
+
+def batch_sums(
+    gate: Float[Tensor, "S n E"],
+    pathway: Float[Tensor, "S n E r"],
+    base_norm: Float[Tensor, "S n"],
+    output_root: Float[Tensor, "S E r r"],
+) -> dict[str, Tensor]:
+    """Sum one batch of tokens over the token axis, in float32 on the device of the inputs.
+
+    Args:
+        gate: the weights really used; rows sum to 1 (or are used as they are).
+        pathway: z = A h before the scaling.
+        base_norm: L2 norm of the base module's output.
+        output_root: R_e with ||R_e z|| = ||o_e||, that is R^T R = scaling^2 B_e^T B_e (see ``output_roots``).
+
+    Returns:
+        ``gate_sum`` [S, E]; ``gate_outer`` [S, E, E] = sum pi pi^T; ``gated_energy`` [S, E, r] = sum pi z^2
+        (PASs-MoE Eq. 9 before the mean); ``second_moment`` [S, E, r, r] = sum z z^T; ``entropy`` [S] = sum of
+        H(pi) in nats; ``energy`` [S, E] = sum ||z||^2; ``expert_sq`` [S, E] = sum ||o_e||^2; ``base_sq`` [S].
+    """
+    pi, z = gate.float(), pathway.float()
+    gate_t = pi.transpose(1, 2)  # [S, E, n]
+    by_expert = z.permute(0, 2, 3, 1)  # [S, E, r, n]
+    moment = by_expert @ by_expert.transpose(-1, -2)
+    # ||o_e||^2 summed over tokens is <R^T R, sum z z^T>: no expert output is ever formed for it.
+    gram = output_root.transpose(-1, -2) @ output_root
+    return {
+        "gate_sum": pi.sum(1),
+        "gate_outer": gate_t @ pi,
+        "gated_energy": (by_expert.square() @ gate_t.unsqueeze(-1)).squeeze(-1),
+        "second_moment": moment,
+        # entr(0) = 0, so experts that top-k left out add nothing; log(0) never appears.
+        "entropy": torch.special.entr(pi).sum((1, 2)),
+        "energy": moment.diagonal(dim1=-2, dim2=-1).sum(-1),
+        "expert_sq": (gram * moment).sum((-1, -2)),
+        "base_sq": base_norm.float().square().sum(1),
+    }
+
+
+@dataclass
+class ProbeSums:
+    """Sums of one group of sites over the tokens of one probe.
+
+    Attributes:
+        count: tokens summed so far.
+        sums: statistic name -> float64 array [S, ...]; empty until the first ``update``.
+    """
+
+    count: int = 0
+    sums: dict[str, Float64[ndarray, "..."]] = field(default_factory=dict)
+
+    def update(self, count: int, batch: Mapping[str, ndarray]) -> None:
+        """Add the sums of one batch of ``count`` tokens (float32 or float64 host arrays)."""
+        self.count += count
+        for name, value in batch.items():
+            value64 = value.astype(np.float64)
+            self.sums[name] = self.sums[name] + value64 if name in self.sums else value64
+
+    def merge(self, other: ProbeSums) -> ProbeSums:
+        """Return the sums over both token sets (neither operand changes)."""
+        merged = ProbeSums(self.count, dict(self.sums))
+        merged.update(other.count, other.sums)
+        return merged
+
+    def result(self) -> dict[str, Float64[ndarray, "..."]]:
+        """Return the sums by name (float64 copies)."""
+        return {name: value.copy() for name, value in self.sums.items()}
