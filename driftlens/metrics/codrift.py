@@ -1,0 +1,319 @@
+"""The co-drift divergence Phi and its exact split into router, experts and both together (metrics.md section 3a).
+
+With u^{ab}_i = sum_e pi^a_{i,e} o^b_{i,e} (gate of checkpoint a, experts of b; 0 anchor, 1 current) the midpoint
+identity splits the change of what a site adds for token i, with nothing left over::
+
+    u^11 - u^00 = R + E,    R = sum_e (pi^1 - pi^0)_e (o^0 + o^1)_e / 2,    E = sum_e (pi^0 + pi^1)_e / 2 (o^1 - o^0)_e
+
+R and E are B^0 and B^1 times short vectors of gated activations, so all their inner products are quadratic forms in
+the [E r, E r] Gram matrices of B^0, B^1 and between them; vectors of length d_out are never formed. Per-token results
+(`CoDriftTokens`) are kept apart from their average so that callers can average tokens in samples and bootstrap.
+
+Memory: about 4 E r numbers of 8 bytes per site and token at the peak; pass a few sites at a time for large models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from driftlens.errors import ConfigError
+from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
+from driftlens.metrics.resample import Interval, bootstrap, probe_mean, sample_means
+from driftlens.metrics.routing import SampleIndex
+from driftlens.metrics.undefined import Reason
+
+__all__ = ["CoDrift", "CoDriftTokens", "Impact", "codrift", "codrift_from_grams", "expert_grams"]
+
+_STILL = 1e-12
+"""Parts of Phi at or below this are rounding of float64 sums: that side did not move."""
+
+
+@dataclass(frozen=True)
+class CoDrift:
+    """Phi and its parts, each [...] float64: total = router + experts + 2 cross.
+
+    Attributes:
+        total: Phi, 0..1 (0 the same function, 1/2 unrelated, 1 reversed); NaN with ``reason``.
+        router: Phi_R.
+        experts: Phi_E.
+        cross: Phi_x, may be negative.
+        coupling: Phi_x / sqrt(Phi_R Phi_E), -1..1: above 0 router and experts push the output the same way, below 0
+            one repairs what the other did; NaN with ``coupling_reason`` if one of them did not move.
+        share: 2 Phi_x / Phi, how much of the drift is co-drift; NaN if nothing moved.
+        reason: uint8 codes of `Reason` for total, router, experts, cross.
+        coupling_reason: uint8 codes of `Reason` for coupling.
+    """
+
+    total: FloatArray
+    router: FloatArray
+    experts: FloatArray
+    cross: FloatArray
+    coupling: FloatArray
+    share: FloatArray
+    reason: NDArray[np.uint8]
+    coupling_reason: NDArray[np.uint8]
+
+
+class Impact(NamedTuple):
+    """Squared drift over the squared base output, each [...]: total = router + experts + 2 cross."""
+
+    total: FloatArray
+    router: FloatArray
+    experts: FloatArray
+    cross: FloatArray
+
+
+@dataclass(frozen=True)
+class CoDriftTokens:
+    """Inner products behind Phi, each [..., n] over tokens (or [..., m] over samples after `per_sample`).
+
+    Attributes:
+        rr: norm(R_i)^2.
+        ee: norm(E_i)^2.
+        re: <R_i, E_i>.
+        u00_sq: norm(u^00_i)^2.
+        u11_sq: norm(u^11_i)^2.
+    """
+
+    rr: FloatArray
+    ee: FloatArray
+    re: FloatArray
+    u00_sq: FloatArray
+    u11_sq: FloatArray
+
+    @property
+    def change_sq(self) -> FloatArray:
+        """norm(u^11_i - u^00_i)^2, [..., n]."""
+        return np.maximum(self.rr + self.ee + 2 * self.re, 0.0)
+
+    def per_sample(self, sample: NDArray[np.integer]) -> CoDriftTokens:
+        """Average tokens in each sample; ``sample`` [n] gives [..., m]."""
+        return CoDriftTokens(*(sample_means(part, sample) for part in self._parts()))
+
+    def reduce(self, sample: SampleIndex = None, still: float = _STILL) -> CoDrift:
+        """Average (tokens in a sample, then samples; all tokens alike without ``sample``) and form Phi.
+
+        Args:
+            sample: [n] sample of each token.
+            still: parts of Phi at or below this count as not moved; pass the noise floor of Phi to be stricter.
+        """
+        return _compose(*(probe_mean(part, sample) for part in self._parts()), still=still)
+
+    def impact(self, base_sq: ArrayLike, sample: SampleIndex = None) -> Impact:
+        """Drift relative to what the base module puts out: does it matter here?
+
+        Args:
+            base_sq: [..., n] norm(y_i)^2 of the base module's output.
+            sample: [n] sample of each token.
+
+        Returns:
+            mean_i norm(u^11_i - u^00_i)^2 / mean_i norm(y_i)^2 and its parts, [...] >= 0 (cross of either sign); NaN
+            where the base module's output is 0.
+        """
+        base = as_float(base_sq)
+        check_same_tokens(self.rr, base, axis=-1, what="drift and base outputs")
+        scale = probe_mean(base, sample)
+        rr, ee, re = (probe_mean(part, sample) for part in (self.rr, self.ee, self.re))
+        return Impact(divide(rr + ee + 2 * re, scale), divide(rr, scale), divide(ee, scale), divide(re, scale))
+
+    def interval(
+        self,
+        field: str,
+        sample: SampleIndex = None,
+        *,
+        draws: int = 1000,
+        seed: int = 0,
+        level: float = 0.95,
+        average_over: int | tuple[int, ...] = (),
+    ) -> Interval:
+        """Bootstrap one field of `CoDrift` over samples; arguments as in `driftlens.metrics.bootstrap`.
+
+        Raises:
+            ConfigError: no such field.
+        """
+        known = [entry.name for entry in fields(CoDrift) if not entry.name.endswith("reason")]
+        if field not in known:
+            raise ConfigError(f"No interval for {field!r}; the fields are {', '.join(known)}.")
+        samples = self if sample is None else self.per_sample(sample)
+
+        def statistic(*means: FloatArray) -> FloatArray:
+            value: FloatArray = getattr(_compose(*means, still=_STILL), field)
+            return value
+
+        return bootstrap(statistic, *samples._parts(), draws=draws, seed=seed, level=level, average_over=average_over)
+
+    def _parts(self) -> tuple[FloatArray, ...]:
+        return self.rr, self.ee, self.re, self.u00_sq, self.u11_sq
+
+
+def _compose(
+    rr: FloatArray, ee: FloatArray, re: FloatArray, u00_sq: FloatArray, u11_sq: FloatArray, *, still: float
+) -> CoDrift:
+    """Form Phi from means over tokens."""
+    scale = 2 * (u00_sq + u11_sq)
+    router, experts, cross = divide(rr, scale), divide(ee, scale), divide(re, scale)
+    total = np.maximum(router + experts + 2 * cross, 0.0)
+    reason = np.full(np.shape(total), Reason.DEFINED, dtype=np.uint8)
+    reason[~np.isfinite(total)] = Reason.NOT_FINITE
+    reason[scale == 0] = Reason.NO_OUTPUT
+    moved_router, moved_experts = router > still, experts > still
+    coupling = np.clip(divide(cross, np.sqrt(router * experts)), -1.0, 1.0)
+    coupling_reason = reason.copy()
+    defined = reason == Reason.DEFINED
+    coupling_reason[defined & ~moved_router] = Reason.ROUTER_DID_NOT_MOVE
+    coupling_reason[defined & ~moved_experts] = Reason.EXPERTS_DID_NOT_MOVE
+    coupling_reason[defined & ~moved_router & ~moved_experts] = Reason.NOTHING_MOVED
+    return CoDrift(
+        total=total,
+        router=router,
+        experts=experts,
+        cross=cross,
+        coupling=np.where(moved_router & moved_experts, coupling, np.nan),
+        share=np.where(total > still, divide(2 * cross, total), np.nan),
+        reason=reason,
+        coupling_reason=coupling_reason,
+    )
+
+
+def expert_grams(B0: ArrayLike, B1: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Gram matrices of expert outputs: B [..., E, d_out, r] with the scaling give three [..., E r, E' r'].
+
+    Returns:
+        B0^T B0, B0^T B1, B1^T B1, expert-slowest.
+
+    Raises:
+        ConfigError: the factors have different output dimensions.
+    """
+    old, new = as_float(B0), as_float(B1)
+    if min(old.ndim, new.ndim) < 3 or old.shape[-2] != new.shape[-2]:
+        raise ConfigError(f"B has shapes {old.shape} and {new.shape}; expected [..., E, d_out, r] with one d_out.")
+    old, new = (_flat_columns(factor) for factor in (old, new))
+    old_rows, new_rows = np.swapaxes(old, -1, -2), np.swapaxes(new, -1, -2)
+    return old_rows @ old, old_rows @ new, new_rows @ new
+
+
+def _flat_columns(factor: FloatArray) -> FloatArray:
+    """[..., E, d, r] -> [..., d, E r]."""
+    moved = np.moveaxis(factor, -3, -2)
+    return moved.reshape(*moved.shape[:-2], -1)
+
+
+def codrift_from_grams(
+    gate0: ArrayLike,
+    gate1: ArrayLike,
+    z0: ArrayLike,
+    z1: ArrayLike,
+    G00: ArrayLike,
+    G01: ArrayLike,
+    G11: ArrayLike,
+) -> CoDriftTokens:
+    """Inner products of R and E for every token.
+
+    Args:
+        gate0: anchor gates [..., n, E] as used (not normalised here: the function is what it is).
+        gate1: current gates [..., n, E']; a method may have grown.
+        z0: anchor pathway activations [..., n, E, r], before the scaling.
+        z1: current ones [..., n, E', r'].
+        G00: s0^2 B0^T B0, [..., E r, E r], expert-slowest, the scaling s included.
+        G01: s0 s1 B0^T B1, [..., E r, E' r'].
+        G11: s1^2 B1^T B1, [..., E' r', E' r'].
+
+    Returns:
+        Per-token results; call ``.reduce(sample)`` for Phi.
+
+    Raises:
+        ProbeError: different numbers of tokens.
+        ConfigError: shapes that do not fit each other.
+    """
+    first, second = as_weights(gate0, "gate0"), as_weights(gate1, "gate1")
+    check_same_tokens(first, second)
+    path0, path1 = as_float(z0), as_float(z1)
+    grams = as_float(G00), as_float(G01), as_float(G11)
+    _check_shapes(first, second, path0, path1, *grams)
+    old, new = path0.shape[-2], path1.shape[-2]
+    first, second = pad_experts(first, second)
+    step, middle = (second - first) / 2, (second + first) / 2
+
+    def gated(gate: FloatArray, path: FloatArray, experts: int) -> FloatArray:
+        product = gate[..., :experts, None] * path
+        return product.reshape(*product.shape[:-2], -1)
+
+    # R = B0 r0 + B1 r1 and E = B1 e1 - B0 e0, in the coordinates of the stacked columns [B0 | B1].
+    gram = _stacked(*grams)
+    router = np.concatenate([gated(step, path0, old), gated(step, path1, new)], axis=-1)
+    experts = np.concatenate([-gated(middle, path0, old), gated(middle, path1, new)], axis=-1)
+    router_image, experts_image = router @ gram, experts @ gram
+    rr = np.maximum(np.einsum("...k,...k->...", router, router_image), 0.0)
+    re = np.einsum("...k,...k->...", router_image, experts)
+    ee = np.maximum(np.einsum("...k,...k->...", experts, experts_image), 0.0)
+    return CoDriftTokens(
+        rr,
+        ee,
+        re,
+        _squared_norm(gated(first, path0, old), grams[0]),
+        _squared_norm(gated(second, path1, new), grams[2]),
+    )
+
+
+def _squared_norm(coordinates: FloatArray, gram: FloatArray) -> FloatArray:
+    squared: FloatArray = np.maximum(np.einsum("...k,...k->...", coordinates @ gram, coordinates), 0.0)
+    return squared
+
+
+def _stacked(G00: FloatArray, G01: FloatArray, G11: FloatArray) -> FloatArray:
+    top = np.concatenate([G00, G01], axis=-1)
+    bottom = np.concatenate([np.swapaxes(G01, -1, -2), G11], axis=-1)
+    return np.concatenate([top, bottom], axis=-2)
+
+
+def _check_shapes(
+    gate0: FloatArray,
+    gate1: FloatArray,
+    z0: FloatArray,
+    z1: FloatArray,
+    G00: FloatArray,
+    G01: FloatArray,
+    G11: FloatArray,
+) -> None:
+    for name, gate, path in (("anchor", gate0, z0), ("current", gate1, z1)):
+        if path.ndim < 3 or path.shape[-3:-1] != gate.shape[-2:]:
+            raise ConfigError(
+                f"The {name}'s gates have shape {gate.shape} and its pathways {path.shape}; expected [..., n, E] and "
+                "[..., n, E, r]."
+            )
+    old, new = z0.shape[-2] * z0.shape[-1], z1.shape[-2] * z1.shape[-1]
+    for name, gram, wanted in (("G00", G00, (old, old)), ("G01", G01, (old, new)), ("G11", G11, (new, new))):
+        if gram.shape[-2:] != wanted:
+            raise ConfigError(
+                f"{name} has shape {gram.shape}; expected [..., {wanted[0]}, {wanted[1]}] for E r columns."
+            )
+
+
+def codrift(
+    gate0: ArrayLike,
+    gate1: ArrayLike,
+    z0: ArrayLike,
+    z1: ArrayLike,
+    B0: ArrayLike,
+    B1: ArrayLike,
+    sample: SampleIndex = None,
+) -> CoDrift:
+    """Co-drift divergence of a site (or a stack of sites) between two checkpoints.
+
+    Args:
+        gate0: anchor gates [..., n, E].
+        gate1: current gates [..., n, E'].
+        z0: anchor pathway activations [..., n, E, r], before the scaling.
+        z1: current ones [..., n, E', r'].
+        B0: anchor factors [..., E, d_out, r] with the scaling in them.
+        B1: current factors [..., E', d_out, r'].
+        sample: [n] sample of each token; None weighs all tokens alike.
+
+    Returns:
+        Phi and its parts, each [...]; see `CoDrift`.
+    """
+    return codrift_from_grams(gate0, gate1, z0, z1, *expert_grams(B0, B1)).reduce(sample)

@@ -1,0 +1,199 @@
+"""Responsibility: which expert supplies how much of a site's update (metrics.md section 3b).
+
+rho_{i,e} = pi_e norm(o_e) / sum_f pi_f norm(o_f). It says who acts, not what they do: an expert may be overwritten
+while its share stays, so this is never shown without the co-drift divergence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
+from driftlens.metrics.resample import probe_mean, sample_means
+from driftlens.metrics.routing import SampleIndex, js_divergence
+from driftlens.metrics.undefined import Reason
+
+__all__ = [
+    "ResponsibilityDrift",
+    "ResponsibilityTokens",
+    "alignment",
+    "alignment_energy",
+    "responsibility",
+    "responsibility_drift",
+    "responsibility_tokens",
+]
+
+
+class _Parts(NamedTuple):
+    total: FloatArray
+    router: FloatArray
+    experts: FloatArray
+    phi_router: FloatArray
+    phi_experts: FloatArray
+    synergy: FloatArray
+    retained: FloatArray
+
+
+class ResponsibilityDrift(_Parts):
+    """Seven arrays [...] in the order of the fields, and their ``reason`` beside the tuple.
+
+    ``total`` is D = mean JS(rho^00, rho^11), ``router`` D_R = mean JS(rho^00, rho^10), ``experts`` D_E = mean
+    JS(rho^00, rho^01), all base 2 and 0..1; ``phi_router`` + ``phi_experts`` = D are its Shapley parts, ``synergy`` =
+    D - D_R - D_E, ``retained`` the responsibility still with its early owner, 0..1. ``reason`` [...] holds uint8 codes
+    of `Reason` for ``total``.
+    """
+
+    reason: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ResponsibilityTokens:
+    """The same quantities per token, [..., n], NaN for tokens without output at one of the checkpoints.
+
+    ``router`` and ``experts`` are also NaN for tokens for which a mixed update (new gate, old experts, or the reverse)
+    is 0, as when the new gate picks only experts that did not exist at the anchor.
+    """
+
+    total: FloatArray
+    router: FloatArray
+    experts: FloatArray
+    retained: FloatArray
+    reason: NDArray[np.uint8]
+
+    def per_sample(self, sample: NDArray[np.integer]) -> ResponsibilityTokens:
+        """Average the defined tokens of each sample: [..., m]."""
+        total, router, experts, retained = (
+            sample_means(part, sample, skip_undefined=True)
+            for part in (self.total, self.router, self.experts, self.retained)
+        )
+        return ResponsibilityTokens(total, router, experts, retained, self.reason)
+
+    def reduce(self, sample: SampleIndex = None) -> ResponsibilityDrift:
+        """Average defined tokens in a sample, then samples.
+
+        The Shapley parts and the synergy are means over the tokens that have all four shares; they sum to ``total``
+        exactly when these are all defined tokens.
+        """
+        total, router, experts, retained = (
+            probe_mean(part, sample, skip_undefined=True)
+            for part in (self.total, self.router, self.experts, self.retained)
+        )
+        # Tokens without the mixed shares are dropped from D as well here, or the parts would not belong together.
+        whole = probe_mean(np.where(np.isnan(self.router), np.nan, self.total), sample, skip_undefined=True)
+        result = ResponsibilityDrift(
+            total,
+            router,
+            experts,
+            (router + whole - experts) / 2,
+            (experts + whole - router) / 2,
+            whole - router - experts,
+            retained,
+        )
+        result.reason = self.reason
+        return result
+
+
+def responsibility(gate: ArrayLike, norm: ArrayLike) -> FloatArray:
+    """Share of the update's magnitude by expert: gates and output norms [..., n, E] give [..., n, E], rows sum to 1.
+
+    Rows without any output are NaN.
+    """
+    magnitude = as_weights(gate) * as_weights(norm, "expert norms")
+    return divide(magnitude, magnitude.sum(axis=-1, keepdims=True))
+
+
+def responsibility_tokens(
+    gate0: ArrayLike, gate1: ArrayLike, norm0: ArrayLike, norm1: ArrayLike
+) -> ResponsibilityTokens:
+    """Responsibility drift of every token; arguments as in `responsibility_drift`."""
+    pi0, pi1 = as_weights(gate0, "gate0"), as_weights(gate1, "gate1")
+    o0, o1 = as_weights(norm0, "norm0"), as_weights(norm1, "norm1")
+    check_same_tokens(pi0, pi1)
+    check_same_tokens(pi0, o0, what="gates and expert norms")
+    check_same_tokens(pi1, o1, what="gates and expert norms")
+    pi0, pi1 = pad_experts(pi0, pi1)
+    o0, o1 = pad_experts(o0, o1)
+    rho00, rho11, rho10, rho01 = (responsibility(pi, o) for pi, o in ((pi0, o0), (pi1, o1), (pi1, o0), (pi0, o1)))
+    total = js_divergence(rho00, rho11)
+    router, experts = js_divergence(rho00, rho10), js_divergence(rho00, rho01)
+    complete = ~(np.isnan(total) | np.isnan(router) | np.isnan(experts))
+    return ResponsibilityTokens(
+        total=total,
+        router=np.where(complete, router, np.nan),
+        experts=np.where(complete, experts, np.nan),
+        retained=np.minimum(rho00, rho11).sum(axis=-1),
+        reason=_reasons(pi0 * o0, pi1 * o1, total),
+    )
+
+
+def _reasons(magnitude0: FloatArray, magnitude1: FloatArray, total: FloatArray) -> NDArray[np.uint8]:
+    """Why no token of a site has a defined drift; only where none has."""
+    reason = np.full(total.shape[:-1], Reason.DEFINED, dtype=np.uint8)
+    undefined = np.isnan(total).all(axis=-1)
+    silent0, silent1 = (~(magnitude > 0).any(axis=(-1, -2)) for magnitude in (magnitude0, magnitude1))
+    broken = ~(np.isfinite(magnitude0).all(axis=(-1, -2)) & np.isfinite(magnitude1).all(axis=(-1, -2)))
+    # Without a token that has output at both ends it is still undefined: the anchor's silence is named.
+    reason[undefined] = Reason.NO_OUTPUT_ANCHOR
+    reason[undefined & silent1 & ~silent0] = Reason.NO_OUTPUT_CURRENT
+    reason[undefined & silent1 & silent0] = Reason.NO_OUTPUT
+    reason[undefined & broken] = Reason.NOT_FINITE
+    if total.shape[-1] == 0:
+        reason[...] = Reason.NO_TOKENS
+    return reason
+
+
+def responsibility_drift(
+    gate0: ArrayLike, gate1: ArrayLike, norm0: ArrayLike, norm1: ArrayLike, sample: SampleIndex = None
+) -> ResponsibilityDrift:
+    """Drift of responsibility between two checkpoints, with its router and expert parts.
+
+    Args:
+        gate0: anchor gates [..., n, E].
+        gate1: current gates [..., n, E'].
+        norm0: norms of the anchor's expert outputs before the gate, [..., n, E].
+        norm1: the current ones, [..., n, E'].
+        sample: [n] sample of each token.
+
+    Returns:
+        `ResponsibilityDrift`; NaN, with the reason, where the experts give no output (B = 0).
+
+    Raises:
+        ProbeError: different numbers of tokens.
+        ConfigError: negative entries.
+    """
+    return responsibility_tokens(gate0, gate1, norm0, norm1).reduce(sample)
+
+
+def alignment(gate: ArrayLike, norm: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+    """Agreement of the gate with the experts' own output: 1 - mean_i JS(pi_i, norm(o_i) / sum), [...] in 0..1.
+
+    Args:
+        gate: [..., n, E].
+        norm: norms of expert outputs before the gate, [..., n, E].
+        sample: [n] sample of each token.
+
+    Returns:
+        NaN where no token has any expert output. ``alignment_loss`` is the anchor's value minus the current one.
+    """
+    weights, magnitude = as_weights(gate), as_weights(norm, "expert norms")
+    check_same_tokens(weights, magnitude, what="gates and expert norms")
+    share = divide(magnitude, magnitude.sum(axis=-1, keepdims=True))
+    return 1.0 - probe_mean(js_divergence(weights, share), sample, skip_undefined=True)
+
+
+def alignment_energy(gate: ArrayLike, z: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+    """PASs-MoE's own view: `alignment` with the pathway energy norm(A_e h)^2 / r in place of the output norm.
+
+    Args:
+        gate: [..., n, E].
+        z: pathway activations [..., n, E, r].
+        sample: [n] sample of each token.
+
+    Returns:
+        [...] in 0..1, meaningful within one run.
+    """
+    return alignment(gate, (as_float(z) ** 2).mean(axis=-1), sample)
