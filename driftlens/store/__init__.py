@@ -1,0 +1,26 @@
+"""The file format: recordings (HDF5, schema 1), run manifests, atomic writes, locks and verification."""
+
+from driftlens.store.atomic import atomic_file, atomic_folder, write_bytes, write_json
+from driftlens.store.lock import RunLock
+from driftlens.store.reader import Group, Recording, open_recording
+from driftlens.store.schema import Grams, Problem, SiteInfo, estimate_bytes, group_sites
+from driftlens.store.verify import verify_recording
+from driftlens.store.writer import RecordingWriter
+
+__all__ = [
+    "Grams",
+    "Group",
+    "Problem",
+    "Recording",
+    "RecordingWriter",
+    "RunLock",
+    "SiteInfo",
+    "atomic_file",
+    "atomic_folder",
+    "estimate_bytes",
+    "group_sites",
+    "open_recording",
+    "verify_recording",
+    "write_bytes",
+    "write_json",
+]

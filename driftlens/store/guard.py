@@ -1,0 +1,296 @@
+"""Opening files of strangers: every link, attribute and dataset is examined before a byte of its data is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import hdf5plugin  # registers the filters, also needed for reading
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from driftlens.errors import FormatError, NotFoundError
+from driftlens.store.encoding import decode_attr
+from driftlens.store.schema import MAX_CHUNK_BYTES, MAX_COMPRESSION_RATIO, MAX_DATASET_BYTES, MAX_EXTENT, MAX_TOKENS
+
+__all__ = ["GuardedFile", "LazyArray"]
+
+_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+_FLETCHER32: Final = 3
+_ALLOWED_FILTERS: Final = frozenset({_FLETCHER32, hdf5plugin.Bitshuffle.filter_id})
+_MAX_ATTRS: Final = 4096
+_MAX_ATTR_BYTES: Final = 1 << 20
+_ADVICE: Final = "Run `driftlens verify`, then restore the file from a copy or record it again."
+
+
+class GuardedFile:
+    """A read-only HDF5 file that refuses what a recording never contains.
+
+    Args:
+        path: the file.
+
+    Raises:
+        NotFoundError: no such file.
+        FormatError: not HDF5, truncated, or damaged in its root.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.size = _check_superblock(self.path)
+        self._open()
+
+    def _open(self) -> None:
+        with self.reading("/"):
+            self._file = h5py.File(self.path, "r")
+        self.pid = os.getpid()
+
+    @property
+    def h5(self) -> h5py.File:
+        """The open file. A forked child gets its own handle: HDF5 handles must not be shared over fork."""
+        if self.pid != os.getpid():
+            self._open()
+        return self._file
+
+    def close(self) -> None:
+        """Close the file; arrays that were not read yet become unreadable."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[None]:
+        """Turn what h5py raises while ``key`` is read into FormatError."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            detail = str(error).strip("'\"") or type(error).__name__
+            raise FormatError(f"{self.path}: {key} cannot be read: {detail}. The file is damaged. {_ADVICE}") from error
+
+    def refuse(self, key: str, found: str, expected: str) -> FormatError:
+        """Return the error for ``key``: what was found and what a recording has there."""
+        return FormatError(f"{self.path}: {key} {found}; expected {expected}. {_ADVICE}")
+
+    def members(self, key: str) -> list[str]:
+        """Return the names in group ``key`` after checking that each is a plain object of this file.
+
+        Raises:
+            FormatError: soft or external links, or an absurd number of entries.
+        """
+        group = self.group(key)
+        with self.reading(key):
+            if len(group) > MAX_EXTENT:
+                raise self.refuse(key, f"has {len(group)} entries", f"at most {MAX_EXTENT}")
+            names = list(group)
+            for name in names:
+                self._check_link(group, name)
+            return names
+
+    def group(self, key: str) -> h5py.Group:
+        """Return the group at the absolute path ``key``, following plain links only."""
+        found = self._walk(key)
+        if not isinstance(found, h5py.Group):
+            raise self.refuse(key, "is not a group", "a group")
+        return found
+
+    def has(self, key: str) -> bool:
+        """Return whether ``key`` exists; its parent must."""
+        parent, _, name = key.rpartition("/")
+        group = self.group(parent or "/")
+        with self.reading(key):
+            return group.get(name, getlink=True) is not None
+
+    def attrs(self, key: str) -> dict[str, Any]:
+        """Return the decoded attributes of a group: text, numbers, or what their JSON says."""
+        target = self.group(key)
+        with self.reading(f"the attributes of {key}"):
+            count = h5py.h5a.get_num_attrs(target.id)
+            if count > _MAX_ATTRS:
+                raise self.refuse(key, f"has {count} attributes", f"at most {_MAX_ATTRS}")
+            return {name: self._attr(target, name) for name in target.attrs}
+
+    def _attr(self, target: h5py.Group, name: str) -> Any:
+        attr = h5py.h5a.open(target.id, name.encode())
+        kind = attr.get_type()
+        plain = isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)) or (
+            isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+        )
+        if not plain or attr.shape != () or attr.get_storage_size() > _MAX_ATTR_BYTES:
+            raise self.refuse(
+                f"attribute {name!r:.80}",
+                f"has shape {attr.shape}, {attr.get_storage_size()} bytes and HDF5 type class {kind.get_class()}",
+                f"one number or one fixed-length text of at most {_MAX_ATTR_BYTES} bytes",
+            )
+        return decode_attr(target.attrs[name])
+
+    def _walk(self, key: str) -> Any:
+        with self.reading(key):
+            found: Any = self.h5["/"]
+            for name in filter(None, key.split("/")):
+                if not isinstance(found, h5py.Group):
+                    raise self.refuse(key, "lies below something that is not a group", "a group")
+                self._check_link(found, name)
+                found = found[name]
+            return found
+
+    def _check_link(self, group: h5py.Group, name: str) -> None:
+        link = group.get(name, getlink=True)
+        where = f"{group.name.rstrip('/')}/{name}"
+        if link is None:
+            raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
+        if not isinstance(link, h5py.HardLink):
+            kind = "an external link" if isinstance(link, h5py.ExternalLink) else "a soft link"
+            raise FormatError(
+                f"{self.path}: {where} is {kind}, which could lead to other files; recordings contain none. "
+                "The file was not written by driftlens; do not trust it."
+            )
+
+    def array(self, key: str, shape: Sequence[int | None], dtypes: Sequence[str]) -> LazyArray:
+        """Return dataset ``key`` after checking everything about it but its data.
+
+        Args:
+            key: absolute path inside the file.
+            shape: expected extent; None accepts any length within the limits.
+            dtypes: allowed types, numpy notation; ``"S"`` is fixed-length text.
+
+        Raises:
+            FormatError: missing, a link, external or virtual storage, other filters, other type or shape,
+                or a shape that is larger than what is stored.
+        """
+        dataset = self._walk(key)
+        if not isinstance(dataset, h5py.Dataset):
+            raise self.refuse(key, "is not a dataset", "a dataset")
+        with self.reading(key):
+            self._check_layout(key, dataset)
+            self._check_type(key, dataset, dtypes)
+            self._check_shape(key, dataset, shape)
+        return LazyArray(self, key, dataset)
+
+    def _check_layout(self, key: str, dataset: h5py.Dataset) -> None:
+        plist = dataset.id.get_create_plist()
+        if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
+            kind = "external storage" if plist.get_external_count() else "a virtual layout"
+            raise FormatError(
+                f"{self.path}: {key} has {kind}, which reads other files; recordings contain none. "
+                "The file was not written by driftlens; do not trust it."
+            )
+        if plist.get_layout() != h5py.h5d.CHUNKED:
+            raise self.refuse(key, "is not stored in chunks", "chunks with a checksum")
+        filters = {plist.get_filter(index)[0] for index in range(plist.get_nfilters())}
+        if not filters <= _ALLOWED_FILTERS or _FLETCHER32 not in filters:
+            raise self.refuse(key, f"has the HDF5 filters {sorted(filters)}", f"{sorted(_ALLOWED_FILTERS)}")
+
+    def _check_type(self, key: str, dataset: h5py.Dataset, dtypes: Sequence[str]) -> None:
+        kind = dataset.id.get_type()
+        if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str():
+            found = "S"
+        elif isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)):
+            found = np.dtype(kind.dtype).str
+        else:
+            found = f"HDF5 type class {kind.get_class()}"
+        if found not in dtypes:
+            raise self.refuse(key, f"has type {found}", " or ".join(dtypes))
+
+    def _check_shape(self, key: str, dataset: h5py.Dataset, expected: Sequence[int | None]) -> None:
+        shape, chunks = dataset.shape, dataset.chunks
+        if len(shape) != len(expected) or any(e not in (None, n) for n, e in zip(shape, expected, strict=True)):
+            wanted = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
+            raise self.refuse(key, f"has shape {list(shape)}", wanted)
+        item = dataset.dtype.itemsize
+        chunk_bytes, total = item, item
+        n_chunks = 1
+        for n, c in zip(shape, chunks, strict=True):
+            chunk_bytes, total, n_chunks = chunk_bytes * c, total * n, n_chunks * -(-n // c)
+        if max(shape) > MAX_TOKENS or total > MAX_DATASET_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
+            raise self.refuse(
+                key,
+                f"declares {total:,} bytes in chunks of {chunk_bytes:,}",
+                f"at most {MAX_DATASET_BYTES:,} in chunks of at most {MAX_CHUNK_BYTES:,}",
+            )
+        stored = dataset.id.get_storage_size()
+        # The count is asked last: it walks the index, whose length the checks above have bounded by the file's size.
+        if stored > self.size or n_chunks * chunk_bytes > stored * MAX_COMPRESSION_RATIO:
+            raise self.refuse(
+                key, f"declares {total:,} bytes but stores {stored:,}", "a shape that fits what is stored"
+            )
+        found = dataset.id.get_num_chunks()
+        if found != n_chunks:
+            raise self.refuse(key, f"has {found} stored chunks", f"{n_chunks} for shape {list(shape)}")
+
+
+class LazyArray:
+    """A dataset of a recording that is read where it is indexed.
+
+    Attributes:
+        key: path inside the file.
+        shape: extent.
+        dtype: stored type; token values are usually float16, compute in float32 or wider.
+    """
+
+    def __init__(self, file: GuardedFile, key: str, dataset: h5py.Dataset) -> None:
+        self.key = key
+        self.shape: tuple[int, ...] = dataset.shape
+        self.dtype: np.dtype[Any] = dataset.dtype
+        self.chunks: tuple[int, ...] = dataset.chunks
+        self._file, self._dataset, self._pid = file, dataset, file.pid
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Read a part.
+
+        Raises:
+            IndexError: outside the extent.
+            FormatError: the stored bytes do not match their checksum, or the file was closed.
+        """
+        if self._pid != os.getpid():
+            self._dataset, self._pid = self._file.h5[self.key], os.getpid()
+        with self._file.reading(self.key):
+            return np.asarray(self._dataset[index])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[...], dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"LazyArray({self.key}, shape={list(self.shape)}, dtype={self.dtype})"
+
+
+def _check_superblock(path: Path) -> int:
+    """Return the file's size after comparing it with what its first 48 bytes declare."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(48)
+            size = os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(
+            f"There is no recording {path}. List what exists with `driftlens ls {path.parent}`."
+        ) from None
+    except OSError as error:
+        raise FormatError(
+            f"{path} cannot be opened: {error.strerror or error}. Give the path of a .h5 recording."
+        ) from None
+    if not head:
+        raise FormatError(f"{path} is empty (0 bytes). {_ADVICE}")
+    if not head.startswith(_SIGNATURE[: len(head)]):
+        raise FormatError(f"{path} is not an HDF5 file. Give the path of a .h5 recording.")
+    if len(head) < 48:
+        raise FormatError(f"{path} is truncated: {size} bytes are there, at least 48 are needed. {_ADVICE}")
+    version, offset_size, _, _ = struct.unpack_from("4B", head, 8)
+    base, _, end = struct.unpack_from("<3Q", head, 12)
+    if version not in (2, 3) or offset_size != 8 or base != 0:
+        raise FormatError(
+            f"{path} has HDF5 superblock version {version}, offsets of {offset_size} bytes and base {base}; "
+            "recordings have version 2 or 3, 8 and 0. It was not written by driftlens, or its first bytes are damaged."
+        )
+    if end != size:
+        state = "truncated" if size < end else "longer than it declares"
+        raise FormatError(f"{path} is {state}: {size:,} bytes are there, {end:,} are expected. {_ADVICE}")
+    return size

@@ -1,0 +1,427 @@
+"""Writing a recording: rows in batches, sums and weights at the end, one rename when everything is verified."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from driftlens.errors import FormatError, SiteError, StorageError, UnknownNameError
+from driftlens.store.atomic import atomic_file
+from driftlens.store.blocks import TokenBlock, block_length, column_blocks, value_blocks
+from driftlens.store.encoding import FILE_FORMAT, attach, create_scale, create_text, is_finite, set_attr, write
+from driftlens.store.lock import RunLock
+from driftlens.store.schema import (
+    GATE_SUM_TOLERANCE,
+    SCHEMA_VERSION,
+    SITE_COLUMNS,
+    SITE_TEXT_COLUMNS,
+    STATS,
+    TOKEN_COLUMNS,
+    VALUES,
+    Grams,
+    SiteInfo,
+    estimate_bytes,
+    group_name,
+    group_sites,
+    stats_shapes,
+    value_shapes,
+    weights_name,
+)
+from driftlens.store.verify import verify_recording
+
+__all__ = ["RecordingWriter"]
+
+
+class RecordingWriter:
+    """Writes one recording; use it as a context manager.
+
+    Everything goes to ``NAME.partial``. Leaving the block normally closes that file, opens it again, verifies every
+    checksum, shape and value, and only then renames it. Leaving it by any exception, KeyboardInterrupt included,
+    removes it; an existing file of the final name is untouched until the rename.
+
+    Args:
+        path: final name of the recording.
+        sites: all sites in model order; `group_sites` tells how they are grouped.
+        probes: names of the probes (tasks) in order.
+        sample_ids: for every probe the ids of its samples in order.
+        meta: attributes of the recording (checkpoint, base, hashes, versions, ...): text, numbers, lists, dicts.
+        n_tokens: how many token rows will be appended in all, if known: the disk is asked beforehand and the number
+            is checked at the end.
+        overwrite: True replaces an existing recording at the end; False refuses at once.
+
+    Raises:
+        FormatError: sites, probes or ids that cannot be stored.
+        LockedError: on entering, if another writer works on the same path.
+        StorageError: on entering or leaving, if the disk refuses or the target exists.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sites: Sequence[SiteInfo],
+        probes: Sequence[str],
+        sample_ids: Mapping[str, Sequence[str]],
+        meta: Mapping[str, Any],
+        n_tokens: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.sites, self.probes, self.n_tokens, self.overwrite = list(sites), list(probes), n_tokens, overwrite
+        self.groups = group_sites(self.sites)
+        self.sample_ids = {probe: list(sample_ids.get(probe, ())) for probe in self.probes}
+        self._meta = dict(meta)
+        self._check_names(set(sample_ids))
+        self._stats: dict[int, dict[str, NDArray[Any]]] = {}
+        self._grams: Grams | None = None
+        self._weights: set[int] = set()
+        self._last_probe = 0
+        self._count = 0
+        self._stack = contextlib.ExitStack()
+        self._h5: h5py.File | None = None
+
+    def _check_names(self, given: set[str]) -> None:
+        if not self.sites or not self.probes:
+            raise FormatError(f"{self.path}: a recording needs at least one site and one probe.")
+        for what, names in (("site", [site.name for site in self.sites]), ("probe", self.probes)):
+            double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            if double:
+                raise FormatError(f"{self.path}: the {what} name {double[0]!r} occurs twice; names must be unique.")
+        if given != set(self.probes):
+            raise FormatError(
+                f"{self.path}: sample ids are given for {sorted(given)}, the probes are {sorted(self.probes)}; "
+                "they must agree."
+            )
+        for site in self.sites:
+            site.check()
+
+    def _extent(self, group: int) -> tuple[int, int, int]:
+        members = self.groups[group]
+        first = self.sites[members[0]]
+        return len(members), first.num_experts, first.rank
+
+    def __enter__(self) -> RecordingWriter:
+        with contextlib.ExitStack() as stack:
+            if not self.path.parent.is_dir():
+                raise StorageError(
+                    f"Cannot write {self.path}: the folder {self.path.parent} does not exist. Create it first."
+                )
+            stack.enter_context(RunLock(self.path, file=True))
+            needed = None if self.n_tokens is None else estimate_bytes(self.sites, self.n_tokens, len(self.probes))
+            self._partial = stack.enter_context(atomic_file(self.path, overwrite=self.overwrite, needed=needed))
+            # Mode "x" cannot truncate anything, whatever goes wrong before.
+            self._h5 = h5py.File(self._partial, "x", libver=FILE_FORMAT)
+            stack.callback(self._abandon)
+            self._start(self._h5)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._finish()
+
+    def _abandon(self) -> None:
+        if self._h5 is not None:
+            # On a full disk the last flush fails again; the partial is removed either way.
+            with contextlib.suppress(OSError, RuntimeError):
+                self._h5.close()
+            self._h5 = None
+
+    @property
+    def _file(self) -> h5py.File:
+        if self._h5 is None:
+            raise StorageError(f"{self.path} is not open for writing; use the writer inside its `with` block.")
+        return self._h5
+
+    def _start(self, h5: h5py.File) -> None:
+        h5.attrs.create(
+            "driftlens_schema", SCHEMA_VERSION.encode(), dtype=h5py.string_dtype("utf-8", len(SCHEMA_VERSION))
+        )
+        self._scales = {"probe": create_scale(h5, "probe", self.probes)}
+        self._write_samples(h5.create_group("samples"))
+        self._write_sites(h5.create_group("sites"))
+        extents = [self._extent(group) for group in range(len(self.groups))]
+        length = block_length([(experts, rank) for _, experts, rank in extents])
+        self._columns = column_blocks(h5.create_group("tokens"), TOKEN_COLUMNS, length)
+        self._token_scale = TokenBlock(h5, "token", (0,), axis=0, dtype=np.dtype("<i4"), length=length)
+        self._values = [
+            value_blocks(h5.create_group(group_name(index)), *extent, length) for index, extent in enumerate(extents)
+        ]
+
+    def _write_samples(self, group: h5py.Group) -> None:
+        ids = [text for probe in self.probes for text in self.sample_ids[probe]]
+        index = [number for number, probe in enumerate(self.probes) for _ in self.sample_ids[probe]]
+        scales = {"sample": create_scale(group, "sample", np.arange(len(ids)))}
+        attach(create_text(group, "id", ids), ("sample",), scales)
+        attach(write(group, "probe_index", index, dtype="<i4"), ("sample",), scales)
+
+    def _write_sites(self, group: h5py.Group) -> None:
+        scales = {"site": create_scale(group, "site", np.arange(len(self.sites)))}
+        for field in SITE_TEXT_COLUMNS:
+            attach(create_text(group, field, [getattr(site, field) for site in self.sites]), ("site",), scales)
+        for field, dtype in SITE_COLUMNS.items():
+            attach(write(group, field, [getattr(site, field) for site in self.sites], dtype=dtype), ("site",), scales)
+
+    def set_meta(self, **meta: Any) -> None:
+        """Add or replace attributes that are known only at the end, for example the measured overhead."""
+        self._meta.update(meta)
+
+    def append(
+        self,
+        probe: str,
+        *,
+        sample: ArrayLike,
+        position: ArrayLike,
+        token_id: ArrayLike,
+        role: ArrayLike,
+        values: Sequence[Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Append the stored tokens of one batch.
+
+        Probes must come in order; within a probe rows keep the order in which they are appended.
+
+        Args:
+            probe: name of the probe.
+            sample: [n] index of the sample within the probe's ids.
+            position: [n] position of the token in its sequence, padding not counted.
+            token_id: [n] vocabulary index.
+            role: [n] index of the role (image, prompt, answer).
+            values: per group the arrays ``gate`` [S, n, E], ``pathway`` [S, n, E, r] (absent where r is 0),
+                ``expert_norm`` [S, n, E] and ``base_norm`` [S, n]. They are copied.
+
+        Raises:
+            FormatError: shapes that do not fit, probes out of order, unknown samples.
+            SiteError: a value that is not finite or a gate row that does not sum to 1, with the site's name.
+            StorageError: the disk refuses.
+        """
+        _ = self._file
+        number = self._probe_number(probe)
+        columns = {"sample": sample, "position": position, "token_id": token_id, "role": role}
+        arrays = {name: np.asarray(value, dtype=np.int64) for name, value in columns.items()}
+        n = arrays["sample"].size
+        arrays["probe_index"] = np.full(n, number, dtype=np.int64)
+        self._check_columns(probe, n, arrays)
+        if len(values) != len(self.groups):
+            raise FormatError(
+                f"{self.path}: values for {len(values)} groups were appended; the sites form {len(self.groups)}."
+            )
+        for group, given in enumerate(values):
+            self._check_values(group, probe, n, given)
+        for name, block in self._columns.items():
+            block.append(arrays[name])
+        self._token_scale.append(np.arange(self._count, self._count + n))
+        for blocks, given in zip(self._values, values, strict=True):
+            for name, block in blocks.items():
+                block.append(given[name])
+        self._last_probe, self._count = number, self._count + n
+
+    def _probe_number(self, probe: str) -> int:
+        if probe not in self.sample_ids:
+            raise UnknownNameError("probe", probe, self.probes)
+        number = self.probes.index(probe)
+        if number < self._last_probe:
+            raise FormatError(
+                f"{self.path}: rows of probe {probe!r} were appended after rows of {self.probes[self._last_probe]!r}; "
+                f"append probes in order: {', '.join(self.probes)}."
+            )
+        return number
+
+    def _check_columns(self, probe: str, n: int, arrays: Mapping[str, NDArray[np.int64]]) -> None:
+        known = len(self.sample_ids[probe])
+        limits = {name: np.iinfo(dtype).max for name, dtype in TOKEN_COLUMNS.items()} | {"sample": known - 1}
+        for name, array in arrays.items():
+            if array.shape != (n,):
+                raise FormatError(f"{self.path}: {name} has shape {list(array.shape)}, expected [{n}] like sample.")
+            if n and not (array.min() >= 0 and array.max() <= limits[name]):
+                raise FormatError(
+                    f"{self.path}: {name} of probe {probe!r} ranges from {array.min()} to {array.max()}; "
+                    f"allowed are 0 to {limits[name]}."
+                )
+
+    def _check_values(self, group: int, probe: str, n: int, given: Mapping[str, NDArray[Any]]) -> None:
+        n_sites, experts, rank = self._extent(group)
+        expected = value_shapes(n_sites, n, experts, rank)
+        self._check_arrays(group, given, expected)
+        for name in expected:
+            if not is_finite(given[name]):
+                bad = ~np.isfinite(given[name]).reshape(n_sites, -1).all(axis=1)
+                raise SiteError(
+                    f"{name} of site {self._site_name(group, bad)!r} is not finite everywhere on probe {probe!r}. "
+                    "The model overflows or is broken there; try float32 or bfloat16."
+                )
+        wrong = np.asarray(np.abs(np.sum(given["gate"], axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE)
+        if wrong.any():
+            raise SiteError(
+                f"Gate rows of site {self._site_name(group, np.asarray(wrong.any(axis=1)))!r} do not sum to 1 on probe {probe!r}: "
+                f"{int(wrong.sum())} of {wrong.size} rows. Record the weights that the layer really uses."
+            )
+
+    def _check_arrays(
+        self, group: int, given: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        found = {name: tuple(np.shape(array)) for name, array in given.items()}
+        if found != dict(expected):
+            raise FormatError(
+                f"{self.path}: group {group} was given "
+                + ", ".join(f"{name} {list(shape)}" for name, shape in found.items())
+                + "; expected "
+                + ", ".join(f"{name} {list(shape)}" for name, shape in expected.items())
+                + "."
+            )
+
+    def _site_name(self, group: int, rows: NDArray[np.bool_]) -> str:
+        return self.sites[self.groups[group][int(np.argmax(rows))]].name
+
+    def set_stats(self, group: int, stats: Mapping[str, NDArray[Any]]) -> None:
+        """Give the exact sums over all tokens, by probe, of one group (see `schema.STATS`).
+
+        Args:
+            group: index of the group.
+            stats: every name of the table that applies, float64.
+
+        Raises:
+            FormatError: names or shapes that do not fit.
+            SiteError: sums that are not finite.
+        """
+        n_sites, experts, rank = self._extent(group)
+        expected = stats_shapes(n_sites, len(self.probes), experts, rank)
+        self._check_arrays(group, stats, expected)
+        for name in expected:
+            if not is_finite(stats[name]):
+                raise SiteError(f"The sum {name} of group {group} is not finite; accumulate in float64.")
+        self._stats[group] = {name: np.array(stats[name], dtype=np.float64) for name in expected}
+
+    def set_weights(
+        self, site: int, A: NDArray[np.float32], B: NDArray[np.float32], router: NDArray[np.float32] | None = None
+    ) -> None:
+        """Store the parameters of one site.
+
+        Args:
+            site: index of the site.
+            A: [E, r, d_in].
+            B: [E, d_out, r], without the scaling.
+            router: [E, d_in], or None where the gate has no parameters.
+
+        Raises:
+            FormatError: shapes that do not fit, or weights given twice.
+            SiteError: values that are not finite.
+        """
+        info = self.sites[site]
+        experts, rank = info.num_experts, info.rank
+        shapes = {"A": (experts, rank, info.d_in), "B": (experts, info.d_out, rank), "router": (experts, info.d_in)}
+        axes = {"A": ("expert", "rank", "d_in"), "B": ("expert", "d_out", "rank"), "router": ("expert", "d_in")}
+        given = {"A": A, "B": B} if router is None else {"A": A, "B": B, "router": router}
+        for name, array in given.items():
+            if np.shape(array) != shapes[name] or site in self._weights:
+                twice = " and were already stored" if site in self._weights else ""
+                raise FormatError(
+                    f"{self.path}: {name} of site {info.name!r} has shape {list(np.shape(array))}{twice}; "
+                    f"expected {list(shapes[name])}, once."
+                )
+            if not is_finite(array):
+                raise SiteError(
+                    f"{name} of site {info.name!r} has values that are not finite. The checkpoint is broken."
+                )
+        self._weights.add(site)
+        group = self._file.require_group("weights").create_group(weights_name(site))
+        sizes = {"expert": experts, "rank": rank, "d_in": info.d_in, "d_out": info.d_out}
+        scales = {name: create_scale(group, name, np.arange(size)) for name, size in sizes.items()}
+        for name, array in given.items():
+            dataset = write(group, name, array, dtype="<f4", chunks=(1, *array.shape[1:]))
+            attach(dataset, axes[name], scales)
+
+    def set_grams(self, grams: Grams) -> None:
+        """Store Gram matrices with earlier checkpoints, for a recording without weights.
+
+        Raises:
+            FormatError: shapes that do not fit the groups.
+        """
+        for group, arrays in grams.groups.items():
+            n_sites, experts, rank = self._extent(group)
+            flat, count = experts * rank, len(grams.checkpoints)
+            shapes = {"a_gram": (n_sites, count, experts, rank, rank), "b_gram": (n_sites, count, flat, flat)}
+            self._check_arrays(group, arrays, shapes)
+        self._grams = grams
+
+    def _finish(self) -> None:
+        h5 = self._file
+        missing = sorted(set(range(len(self.groups))) - self._stats.keys())
+        if missing:
+            raise FormatError(
+                f"{self.path}: the sums of group {missing[0]} were never given; call set_stats for every group."
+            )
+        if self._weights and len(self._weights) < len(self.sites):
+            absent = next(site.name for index, site in enumerate(self.sites) if index not in self._weights)
+            raise FormatError(f"{self.path}: weights of site {absent!r} were never given; give all or none.")
+        if self.n_tokens not in (None, self._count):
+            raise FormatError(f"{self.path}: {self.n_tokens} token rows were announced, {self._count} were appended.")
+        self._finish_tokens()
+        for group in range(len(self.groups)):
+            self._finish_group(h5[group_name(group)], group)
+        if self._grams is not None:
+            self._write_grams(h5.create_group("grams"), self._grams)
+        for key in sorted(self._meta):
+            set_attr(h5, key, self._meta[key])
+        h5.close()
+        self._h5 = None
+        problems = verify_recording(self._partial)
+        if problems:
+            raise FormatError(
+                f"{self.path} did not verify after writing and was not kept: {problems[0].what} "
+                f"({len(problems)} problem(s)). Check the disk and the recorder."
+            )
+
+    def _finish_tokens(self) -> None:
+        self._token_scale.flush()
+        scale = self._file["token"]
+        scale.make_scale("token")
+        self._scales["token"] = scale
+        for name, block in self._columns.items():
+            block.flush()
+            attach(self._file["tokens"][name], ("token",), self._scales)
+
+    def _finish_group(self, group: h5py.Group, index: int) -> None:
+        _, experts, rank = self._extent(index)
+        scales = self._scales | {
+            "site": create_scale(group, "site", self.groups[index]),
+            "expert": create_scale(group, "expert", np.arange(experts)),
+            "expert_col": create_scale(group, "expert_col", np.arange(experts)),
+        }
+        if rank:
+            scales |= {name: create_scale(group, name, np.arange(rank)) for name in ("rank", "rank_col")}
+        for name, block in self._values[index].items():
+            block.flush()
+            attach(group[name], VALUES[name], scales)
+        stats = group.create_group("stats")
+        for name, array in self._stats[index].items():
+            chunks = array.shape if STATS[name][0] == "probe" else (1, *array.shape[1:])
+            attach(write(stats, name, array, dtype="<f8", chunks=chunks), STATS[name], scales)
+
+    def _write_grams(self, parent: h5py.Group, grams: Grams) -> None:
+        scales = {"checkpoint": create_scale(parent, "checkpoint", grams.checkpoints)}
+        axes = {
+            "a_gram": ("site", "checkpoint", "expert", "rank", "rank_col"),
+            "b_gram": ("site", "checkpoint", "pathway", "pathway_col"),
+        }
+        for index, arrays in sorted(grams.groups.items()):
+            group = parent.create_group(group_name(index))
+            _, experts, rank = self._extent(index)
+            sizes = {"expert": experts, "rank": rank, "rank_col": rank, "pathway": experts * rank}
+            sizes["pathway_col"] = experts * rank
+            local = scales | {name: create_scale(group, name, np.arange(size)) for name, size in sizes.items()}
+            local["site"] = create_scale(group, "site", self.groups[index])
+            for name, array in arrays.items():
+                attach(write(group, name, array, dtype="<f8", chunks=(1, *array.shape[1:])), axes[name], local)
