@@ -26,9 +26,9 @@ __all__ = ["GATES", "EnergyGate", "Gate", "SoftmaxGate", "TopKGate"]
 
 
 class Gate(nn.Module, ABC):
-    """Base class of all gates: scores, then a softmax over the experts that the mask keeps.
+    """Base class of all gates: scores, then a softmax over the experts that are not left out.
 
-    A new gate overrides ``scores`` (and ``keep`` if it is sparse, and ``problems`` if it reads settings of its
+    A new gate overrides ``scores`` (and ``left_out`` if it is sparse, and ``problems`` if it reads settings of its
     own), and is added with ``GATES.register(name, cls)``; a gate that is no softmax overrides ``forward``.
 
     Args:
@@ -60,8 +60,8 @@ class Gate(nn.Module, ABC):
     def scores(self, h: Tensor, z: Tensor) -> Tensor:
         """Return float32 scores ``[..., E]`` before the temperature, from ``h [..., d_in]`` and ``z [..., E, r]``."""
 
-    def keep(self, scores: Tensor) -> Tensor | None:
-        """Return the boolean mask ``[..., E]`` of the experts in use, or None if all are."""
+    def left_out(self, scores: Tensor) -> Tensor | None:
+        """Return the boolean mask ``[..., E]`` of the experts that get weight 0, or None if all are in use."""
         return None
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
@@ -79,11 +79,13 @@ class Gate(nn.Module, ABC):
             scores = scores / self.temperature
         if self.noise > 0.0 and self.training:
             scores = scores + self.noise * torch.randn_like(scores)
-        mask = self.keep(scores)
-        weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), dim=-1)
+        left_out = self.left_out(scores)
         if self.balance_coef > 0.0 and self.training:
-            self.balance_loss = _balance(scores, mask)
-        return weights
+            self.balance_loss = _balance(scores, left_out)
+        if left_out is not None:
+            scores = scores.masked_fill(left_out, -math.inf)
+        # Expert-first: a softmax over a few contiguous numbers takes up to eight times as long on a CPU.
+        return torch.softmax(scores.movedim(-1, 0), dim=0).movedim(0, -1).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         # The loss of the last step hangs on its autograd graph, which can be neither copied nor pickled.
@@ -115,7 +117,9 @@ class SoftmaxGate(Gate):
             h = h.float()
             if self.layernorm:
                 h = layer_norm(h, (self.d_in,))
-            return linear(h, self.weight.float())
+            # Expert-first as well: a product with a few rows is faster than one with a few columns.
+            scores = linear(self.weight.float(), h.reshape(-1, self.d_in))
+        return scores.t().view(*h.shape[:-1], self.num_experts)
 
 
 class TopKGate(SoftmaxGate):
@@ -139,13 +143,13 @@ class TopKGate(SoftmaxGate):
             f"choose 1 to {config.num_experts}, or raise num_experts."
         ]
 
-    def keep(self, scores: Tensor) -> Tensor | None:
-        """Return the mask of the ``top_k`` best experts of each token."""
+    def left_out(self, scores: Tensor) -> Tensor | None:
+        """Return the mask of all but the ``top_k`` best experts of each token."""
         if self.top_k == self.num_experts:
             return None
         # topk() promises no order among equals; a stable sort does.
-        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.top_k]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        order = torch.sort(scores.detach().contiguous(), dim=-1, descending=True, stable=True).indices
+        return torch.ones_like(order, dtype=torch.bool).scatter_(-1, order[..., : self.top_k], False)
 
 
 class EnergyGate(Gate):
@@ -163,17 +167,17 @@ class EnergyGate(Gate):
         return z.float().square().mean(dim=-1)
 
 
-def _balance(scores: Tensor, mask: Tensor | None) -> Tensor:
+def _balance(scores: Tensor, left_out: Tensor | None) -> Tensor:
     """Return ``E sum_e f_e P_e`` (Switch Transformer, arXiv 2101.03961, Eq. 4): 1 when balanced, E when collapsed.
 
-    f_e is the share of tokens sent to e (its arg max for a dense gate), P_e the mean softmax weight before the mask.
+    f_e is expert e's share of the choices (the arg max of each token for a dense gate), P_e the mean softmax weight
+    over all experts.
     """
     num_experts = scores.shape[-1]
-    if mask is None:
-        mask = one_hot(scores.argmax(dim=-1), num_experts)
-    share = mask.reshape(-1, num_experts).float().mean(dim=0)
+    chosen = one_hot(scores.argmax(dim=-1), num_experts) if left_out is None else ~left_out
+    counts = chosen.reshape(-1, num_experts).sum(dim=0).float()
     mean_weight = torch.softmax(scores, dim=-1).reshape(-1, num_experts).mean(dim=0)
-    return num_experts * torch.dot(share / share.sum(), mean_weight)
+    return num_experts * torch.dot(counts / counts.sum(), mean_weight)
 
 
 GATES: Registry[type[Gate]] = Registry("gate", "driftlens.gates")
