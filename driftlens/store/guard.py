@@ -66,8 +66,12 @@ class GuardedFile:
         try:
             yield
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            detail = str(error).strip("'\"") or type(error).__name__
-            raise FormatError(f"{self.path}: {key} cannot be read: {detail}. The file is damaged. {_ADVICE}") from error
+            raise self.damaged(key, error) from error
+
+    def damaged(self, key: str, error: Exception) -> FormatError:
+        """Return the error for ``key`` whose bytes cannot be understood."""
+        detail = str(error).strip("'\"") or type(error).__name__
+        return FormatError(f"{self.path}: {key} cannot be read: {detail}. The file is damaged. {_ADVICE}")
 
     def refuse(self, key: str, found: str, expected: str) -> FormatError:
         """Return the error for ``key``: what was found and what a recording has there."""
@@ -94,13 +98,6 @@ class GuardedFile:
         if not isinstance(found, h5py.Group):
             raise self.refuse(key, "is not a group", "a group")
         return found
-
-    def has(self, key: str) -> bool:
-        """Return whether ``key`` exists; its parent must."""
-        parent, _, name = key.rpartition("/")
-        group = self.group(parent or "/")
-        with self.reading(key):
-            return group.get(name, getlink=True) is not None
 
     def attrs(self, key: str) -> dict[str, Any]:
         """Return the decoded attributes of a group: text, numbers, or what their JSON says."""
@@ -136,12 +133,16 @@ class GuardedFile:
             return found
 
     def _check_link(self, group: h5py.Group, name: str) -> None:
-        link = group.get(name, getlink=True)
+        # The link itself is examined; h5py's own test for membership would follow it into another file.
         where = f"{group.name.rstrip('/')}/{name}"
-        if link is None:
-            raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
-        if not isinstance(link, h5py.HardLink):
-            kind = "an external link" if isinstance(link, h5py.ExternalLink) else "a soft link"
+        try:
+            link = group.id.links.get_info(name.encode()).type
+        except KeyError:
+            raise FormatError(
+                f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}"
+            ) from None
+        if link != h5py.h5l.TYPE_HARD:
+            kind = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}.get(link, "a link")
             raise FormatError(
                 f"{self.path}: {where} is {kind}, which could lead to other files; recordings contain none. "
                 "The file was not written by driftlens; do not trust it."
@@ -249,12 +250,17 @@ class LazyArray:
 
         Raises:
             IndexError: outside the extent.
-            FormatError: the stored bytes do not match their checksum, or the file was closed.
+            FormatError: the stored bytes do not match their checksum.
+            NotFoundError: the recording was closed.
         """
         if self._pid != os.getpid():
             self._dataset, self._pid = self._file.h5[self.key], os.getpid()
-        with self._file.reading(self.key):
+        if not self._dataset:
+            raise NotFoundError(f"{self._file.path} was closed before {self.key} was read; open it again.")
+        try:
             return np.asarray(self._dataset[index])
+        except (OSError, RuntimeError) as error:
+            raise self._file.damaged(self.key, error) from error
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[...], dtype=dtype)

@@ -265,8 +265,8 @@ class RecordingWriter:
         wrong = np.asarray(np.abs(np.sum(given["gate"], axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE)
         if wrong.any():
             raise SiteError(
-                f"Gate rows of site {self._site_name(group, np.asarray(wrong.any(axis=1)))!r} do not sum to 1 on probe {probe!r}: "
-                f"{int(wrong.sum())} of {wrong.size} rows. Record the weights that the layer really uses."
+                f"{int(wrong.sum())} of {wrong.size} gate rows do not sum to 1 on probe {probe!r}, first at site "
+                f"{self._site_name(group, np.asarray(wrong.any(axis=1)))!r}. Record the weights that the layer really uses."
             )
 
     def _check_arrays(
