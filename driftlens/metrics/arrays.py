@@ -86,20 +86,23 @@ def _pad_to(values: FloatArray, size: int, axis: int) -> FloatArray:
 
 
 def divide(numerator: Any, denominator: Any) -> FloatArray:
-    """Return the quotient with NaN, and no warning, where the denominator is 0 or either side is NaN."""
+    """Return the quotient with NaN, and no warning, where the denominator is 0 or the quotient is undefined."""
     top, bottom = np.broadcast_arrays(as_float(numerator), as_float(denominator))
     result = np.full(top.shape, np.nan)
-    np.divide(top, bottom, out=result, where=bottom != 0)
+    with np.errstate(invalid="ignore"):  # infinity over infinity is NaN, as documented
+        np.divide(top, bottom, out=result, where=bottom != 0)
     return result
 
 
 def normalise(weights: FloatArray) -> FloatArray:
-    """Scale rows (last axis) to sum to 1; rows of zeros stay zeros, rows with NaN become NaN.
+    """Scale rows (last axis) to sum to 1; rows of zeros stay zeros, rows with NaN or infinity hold NaN.
 
     Needed because some methods use unnormalised gates, and because float16 rows sum to 1 only to about 1e-3.
     """
     total = weights.sum(axis=-1, keepdims=True)
-    return weights / np.where(total == 0, 1.0, total)
+    with np.errstate(invalid="ignore"):
+        scaled: FloatArray = weights / np.where(total == 0, 1.0, total)
+    return scaled
 
 
 def finite_matrices(matrices: FloatArray) -> tuple[FloatArray, NDArray[np.bool_]]:

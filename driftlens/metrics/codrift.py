@@ -101,7 +101,11 @@ class CoDriftTokens:
             sample: [n] sample of each token.
             still: parts of Phi at or below this count as not moved; pass the noise floor of Phi to be stricter.
         """
-        return _compose(*(probe_mean(part, sample) for part in self._parts()), still=still)
+        result = _compose(*(probe_mean(part, sample) for part in self._parts()), still=still)
+        if self.rr.shape[-1] == 0:
+            for reason in (result.reason, result.coupling_reason):
+                reason[...] = Reason.NO_TOKENS
+        return result
 
     def impact(self, base_sq: ArrayLike, sample: SampleIndex = None) -> Impact:
         """Drift relative to what the base module puts out: does it matter here?
@@ -156,7 +160,7 @@ def _compose(
     """Form Phi from means over tokens."""
     scale = 2 * (u00_sq + u11_sq)
     router, experts, cross = divide(rr, scale), divide(ee, scale), divide(re, scale)
-    total = np.maximum(router + experts + 2 * cross, 0.0)
+    total = np.clip(router + experts + 2 * cross, 0.0, 1.0)
     reason = np.full(np.shape(total), Reason.DEFINED, dtype=np.uint8)
     reason[~np.isfinite(total)] = Reason.NOT_FINITE
     reason[scale == 0] = Reason.NO_OUTPUT
@@ -199,7 +203,7 @@ def expert_grams(B0: ArrayLike, B1: ArrayLike) -> tuple[FloatArray, FloatArray, 
 def _flat_columns(factor: FloatArray) -> FloatArray:
     """[..., E, d, r] -> [..., d, E r]."""
     moved = np.moveaxis(factor, -3, -2)
-    return moved.reshape(*moved.shape[:-2], -1)
+    return moved.reshape(*moved.shape[:-2], factor.shape[-3] * factor.shape[-1])
 
 
 def codrift_from_grams(
@@ -240,27 +244,26 @@ def codrift_from_grams(
 
     def gated(gate: FloatArray, path: FloatArray, experts: int) -> FloatArray:
         product = gate[..., :experts, None] * path
-        return product.reshape(*product.shape[:-2], -1)
+        return product.reshape(*product.shape[:-2], path.shape[-2] * path.shape[-1])
 
     # R = B0 r0 + B1 r1 and E = B1 e1 - B0 e0, in the coordinates of the stacked columns [B0 | B1].
     gram = _stacked(*grams)
     router = np.concatenate([gated(step, path0, old), gated(step, path1, new)], axis=-1)
     experts = np.concatenate([-gated(middle, path0, old), gated(middle, path1, new)], axis=-1)
-    router_image, experts_image = router @ gram, experts @ gram
-    rr = np.maximum(np.einsum("...k,...k->...", router, router_image), 0.0)
-    re = np.einsum("...k,...k->...", router_image, experts)
-    ee = np.maximum(np.einsum("...k,...k->...", experts, experts_image), 0.0)
-    return CoDriftTokens(
-        rr,
-        ee,
-        re,
-        _squared_norm(gated(first, path0, old), grams[0]),
-        _squared_norm(gated(second, path1, new), grams[2]),
-    )
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite activations end as NaN with their reason
+        router_image, experts_image = router @ gram, experts @ gram
+        return CoDriftTokens(
+            rr=_squared(router, router_image),
+            ee=_squared(experts, experts_image),
+            re=np.einsum("...k,...k->...", router_image, experts),
+            u00_sq=_squared(used0 := gated(first, path0, old), used0 @ grams[0]),
+            u11_sq=_squared(used1 := gated(second, path1, new), used1 @ grams[2]),
+        )
 
 
-def _squared_norm(coordinates: FloatArray, gram: FloatArray) -> FloatArray:
-    squared: FloatArray = np.maximum(np.einsum("...k,...k->...", coordinates @ gram, coordinates), 0.0)
+def _squared(coordinates: FloatArray, image: FloatArray) -> FloatArray:
+    """Squared norm from coordinates and their product with the Gram matrix; rounding may take it below 0."""
+    squared: FloatArray = np.maximum(np.einsum("...k,...k->...", coordinates, image), 0.0)
     return squared
 
 

@@ -66,7 +66,7 @@ def importance_concentration(importance: ArrayLike, top: float = 0.4) -> Concent
     if not 0 < top <= 1:
         raise ConfigError(f"The top share of pathways is {top}; expected a number above 0 and at most 1.")
     values = as_weights(importance, "importance")
-    values = np.sort(values.reshape(*values.shape[:-2], -1), axis=-1)[..., ::-1]
+    values = np.sort(values.reshape(*values.shape[:-2], values.shape[-2] * values.shape[-1]), axis=-1)[..., ::-1]
     size = values.shape[-1]
     total = values.sum(axis=-1)
     covered = np.clip(top * size - np.arange(size), 0.0, 1.0)

@@ -118,29 +118,36 @@ def responsibility_tokens(
     pi0, pi1 = pad_experts(pi0, pi1)
     o0, o1 = pad_experts(o0, o1)
     rho00, rho11, rho10, rho01 = (responsibility(pi, o) for pi, o in ((pi0, o0), (pi1, o1), (pi1, o0), (pi0, o1)))
-    total = js_divergence(rho00, rho11)
+    whole = _whole(pi0 * o0) & _whole(pi1 * o1)
+    total = np.where(whole[..., None], js_divergence(rho00, rho11), np.nan)
     router, experts = js_divergence(rho00, rho10), js_divergence(rho00, rho01)
     complete = ~(np.isnan(total) | np.isnan(router) | np.isnan(experts))
     return ResponsibilityTokens(
         total=total,
         router=np.where(complete, router, np.nan),
         experts=np.where(complete, experts, np.nan),
-        retained=np.minimum(rho00, rho11).sum(axis=-1),
-        reason=_reasons(pi0 * o0, pi1 * o1, total),
+        retained=np.where(np.isnan(total), np.nan, np.minimum(rho00, rho11).sum(axis=-1)),
+        reason=_reasons(pi0 * o0, pi1 * o1, total, whole),
     )
 
 
-def _reasons(magnitude0: FloatArray, magnitude1: FloatArray, total: FloatArray) -> NDArray[np.uint8]:
+def _whole(magnitude: FloatArray) -> NDArray[np.bool_]:
+    """Sites [...] without NaN or infinity: a broken token must not pass for a silent one, which is left out."""
+    return np.asarray(np.isfinite(magnitude).all(axis=(-1, -2)))
+
+
+def _reasons(
+    magnitude0: FloatArray, magnitude1: FloatArray, total: FloatArray, whole: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     """Why no token of a site has a defined drift; only where none has."""
     reason = np.full(total.shape[:-1], Reason.DEFINED, dtype=np.uint8)
     undefined = np.isnan(total).all(axis=-1)
     silent0, silent1 = (~(magnitude > 0).any(axis=(-1, -2)) for magnitude in (magnitude0, magnitude1))
-    broken = ~(np.isfinite(magnitude0).all(axis=(-1, -2)) & np.isfinite(magnitude1).all(axis=(-1, -2)))
     # Without a token that has output at both ends it is still undefined: the anchor's silence is named.
     reason[undefined] = Reason.NO_OUTPUT_ANCHOR
     reason[undefined & silent1 & ~silent0] = Reason.NO_OUTPUT_CURRENT
     reason[undefined & silent1 & silent0] = Reason.NO_OUTPUT
-    reason[undefined & broken] = Reason.NOT_FINITE
+    reason[~whole] = Reason.NOT_FINITE
     if total.shape[-1] == 0:
         reason[...] = Reason.NO_TOKENS
     return reason
@@ -182,7 +189,8 @@ def alignment(gate: ArrayLike, norm: ArrayLike, sample: SampleIndex = None) -> F
     weights, magnitude = as_weights(gate), as_weights(norm, "expert norms")
     check_same_tokens(weights, magnitude, what="gates and expert norms")
     share = divide(magnitude, magnitude.sum(axis=-1, keepdims=True))
-    return 1.0 - probe_mean(js_divergence(weights, share), sample, skip_undefined=True)
+    agreement = 1.0 - probe_mean(js_divergence(weights, share), sample, skip_undefined=True)
+    return np.where(_whole(weights) & _whole(magnitude), agreement, np.nan)
 
 
 def alignment_energy(gate: ArrayLike, z: ArrayLike, sample: SampleIndex = None) -> FloatArray:
