@@ -1,1 +1,41 @@
-"""Recording: observing gates and pathways of a model on fixed probes, one file per checkpoint."""
+"""Recording: observing gates and pathways of a model on fixed probes, one file per checkpoint.
+
+``record`` observes a model that is already there, ``record_checkpoint`` loads a PEFT adapter folder first, and
+``record_run`` works through all checkpoints of a run. What can be observed is decided by site families
+(``SITE_FAMILIES``), what it is observed on by a ``ProbeSet``.
+"""
+
+from driftlens.recording.accumulators import ProbeSums, batch_sums
+from driftlens.recording.batches import ProbePrefix
+from driftlens.recording.checkpoints import LoadedCheckpoint, load_checkpoint
+from driftlens.recording.hooks import HookPoint, Hooks, count_hooks
+from driftlens.recording.probe_files import load_probes, write_probes
+from driftlens.recording.probes import ProbeSample, ProbeSet
+from driftlens.recording.recorder import Progress, RecordingSummary, record
+from driftlens.recording.run import record_checkpoint, record_run
+from driftlens.recording.sites import SITE_FAMILIES, Site, SiteFamily, SiteWeights, find_sites
+
+__all__ = [
+    "SITE_FAMILIES",
+    "HookPoint",
+    "Hooks",
+    "LoadedCheckpoint",
+    "ProbePrefix",
+    "ProbeSample",
+    "ProbeSet",
+    "ProbeSums",
+    "Progress",
+    "RecordingSummary",
+    "Site",
+    "SiteFamily",
+    "SiteWeights",
+    "batch_sums",
+    "count_hooks",
+    "find_sites",
+    "load_checkpoint",
+    "load_probes",
+    "record",
+    "record_checkpoint",
+    "record_run",
+    "write_probes",
+]

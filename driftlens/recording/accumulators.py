@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
-from numpy import ndarray
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["STATISTICS", "ProbeSums", "batch_sums"]
@@ -79,9 +79,9 @@ class ProbeSums:
     """
 
     count: int = 0
-    sums: dict[str, Float64[ndarray, "..."]] = field(default_factory=dict)
+    sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
-    def update(self, count: int, batch: Mapping[str, ndarray]) -> None:
+    def update(self, count: int, batch: Mapping[str, NDArray[np.floating]]) -> None:
         """Add the sums of one batch of ``count`` tokens (float32 or float64 host arrays)."""
         self.count += count
         for name, value in batch.items():
@@ -94,6 +94,6 @@ class ProbeSums:
         merged.update(other.count, other.sums)
         return merged
 
-    def result(self) -> dict[str, Float64[ndarray, "..."]]:
+    def result(self) -> dict[str, NDArray[np.float64]]:
         """Return the sums by name (float64 copies)."""
         return {name: value.copy() for name, value in self.sums.items()}

@@ -128,7 +128,7 @@ class Hooks:
             raise SiteError(
                 f"{len(silent)} of {len(self.points)} observed modules did not fire in a forward: {names}{more}. "
                 "A site must run in every forward. Likely causes: the adapter is disabled, the layer is skipped for "
-                "this input, or the model was compiled before the hooks were set. Leave such sites out or fix the model."
+                "this input, or the model was compiled before the hooks were set."
             )
         if repeated:
             names = ", ".join(f"{p.site} ({p.part}, {n} times)" for p, n in repeated[:5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_shards_in_any_order_give_the_one_pass_result(data: st.DataObject, n: in
     one.update(n, {k: v.numpy() for k, v in batch_sums(gate, z, base, root).items()})
 
     shards = []
-    for lo, hi in zip(bounds[:-1], bounds[1:], strict=True):
+    for lo, hi in itertools.pairwise(bounds):
         shard = ProbeSums()
         part = batch_sums(gate[:, lo:hi], z[:, lo:hi], base[:, lo:hi], root)
         shard.update(hi - lo, {k: v.numpy() for k, v in part.items()})
