@@ -246,31 +246,33 @@ def codrift_from_grams(
         product = gate[..., :experts, None] * path
         return product.reshape(*product.shape[:-2], path.shape[-2] * path.shape[-1])
 
-    # R = B0 r0 + B1 r1 and E = B1 e1 - B0 e0, in the coordinates of the stacked columns [B0 | B1].
-    gram = _stacked(*grams)
-    router = np.concatenate([gated(step, path0, old), gated(step, path1, new)], axis=-1)
-    experts = np.concatenate([-gated(middle, path0, old), gated(middle, path1, new)], axis=-1)
+    # R = B0 r0 + B1 r1 and E = B1 e1 - B0 e0; then u00 = B0 (e0 - r0) and u11 = B1 (e1 + r1) cost no further product.
+    r0, e0 = gated(step, path0, old), gated(middle, path0, old)
+    r1, e1 = gated(step, path1, new), gated(middle, path1, new)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite activations end as NaN with their reason
-        router_image, experts_image = router @ gram, experts @ gram
+        g00_r0, g00_e0 = _images(grams[0], r0, e0)
+        g01_r1, g01_e1 = _images(np.swapaxes(grams[1], -1, -2), r1, e1)
+        g11_r1, g11_e1 = _images(grams[2], r1, e1)
+        rr0, re0, ee0 = _dot(r0, g00_r0), _dot(r0, g00_e0), _dot(e0, g00_e0)
+        rr1, re1, ee1 = _dot(r1, g11_r1), _dot(r1, g11_e1), _dot(e1, g11_e1)
         return CoDriftTokens(
-            rr=_squared(router, router_image),
-            ee=_squared(experts, experts_image),
-            re=np.einsum("...k,...k->...", router_image, experts),
-            u00_sq=_squared(used0 := gated(first, path0, old), used0 @ grams[0]),
-            u11_sq=_squared(used1 := gated(second, path1, new), used1 @ grams[2]),
+            rr=np.maximum(rr0 + 2 * _dot(r0, g01_r1) + rr1, 0.0),
+            ee=np.maximum(ee0 - 2 * _dot(e0, g01_e1) + ee1, 0.0),
+            re=_dot(r0, g01_e1) - re0 + re1 - _dot(e0, g01_r1),
+            u00_sq=np.maximum(ee0 - 2 * re0 + rr0, 0.0),
+            u11_sq=np.maximum(ee1 + 2 * re1 + rr1, 0.0),
         )
 
 
-def _squared(coordinates: FloatArray, image: FloatArray) -> FloatArray:
-    """Squared norm from coordinates and their product with the Gram matrix; rounding may take it below 0."""
-    squared: FloatArray = np.maximum(np.einsum("...k,...k->...", coordinates, image), 0.0)
-    return squared
+def _images(gram: FloatArray, first: FloatArray, second: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Products of two sets of row vectors with a Gram matrix, in one call."""
+    both = np.concatenate([first, second], axis=-2) @ gram
+    return both[..., : first.shape[-2], :], both[..., first.shape[-2] :, :]
 
 
-def _stacked(G00: FloatArray, G01: FloatArray, G11: FloatArray) -> FloatArray:
-    top = np.concatenate([G00, G01], axis=-1)
-    bottom = np.concatenate([np.swapaxes(G01, -1, -2), G11], axis=-1)
-    return np.concatenate([top, bottom], axis=-2)
+def _dot(first: FloatArray, second: FloatArray) -> FloatArray:
+    product: FloatArray = np.einsum("...k,...k->...", first, second)
+    return product
 
 
 def _check_shapes(
