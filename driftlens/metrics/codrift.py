@@ -18,12 +18,26 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from jaxtyping import Float
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
 from driftlens.metrics.resample import Interval, bootstrap, probe_mean, sample_means
-from driftlens.metrics.routing import SampleIndex
+from driftlens.metrics.shapes import (
+    ExpertFactors0,
+    ExpertFactors1,
+    Gates0,
+    Gates1,
+    Paths0,
+    Paths1,
+    PerSite,
+    PerToken,
+    Reasons,
+    Sample,
+    SiteGram00,
+    SiteGram01,
+    SiteGram11,
+)
 from driftlens.metrics.undefined import Reason
 
 __all__ = ["CoDrift", "CoDriftTokens", "Impact", "codrift", "codrift_from_grams", "expert_grams"]
@@ -48,23 +62,23 @@ class CoDrift:
         coupling_reason: uint8 codes of `Reason` for coupling.
     """
 
-    total: FloatArray
-    router: FloatArray
-    experts: FloatArray
-    cross: FloatArray
-    coupling: FloatArray
-    share: FloatArray
-    reason: NDArray[np.uint8]
-    coupling_reason: NDArray[np.uint8]
+    total: PerSite
+    router: PerSite
+    experts: PerSite
+    cross: PerSite
+    coupling: PerSite
+    share: PerSite
+    reason: Reasons
+    coupling_reason: Reasons
 
 
 class Impact(NamedTuple):
     """Squared drift over the squared base output, each [...]: total = router + experts + 2 cross."""
 
-    total: FloatArray
-    router: FloatArray
-    experts: FloatArray
-    cross: FloatArray
+    total: PerSite
+    router: PerSite
+    experts: PerSite
+    cross: PerSite
 
 
 @dataclass(frozen=True)
@@ -79,22 +93,23 @@ class CoDriftTokens:
         u11_sq: norm(u^11_i)^2.
     """
 
-    rr: FloatArray
-    ee: FloatArray
-    re: FloatArray
-    u00_sq: FloatArray
-    u11_sq: FloatArray
+    rr: PerToken
+    ee: PerToken
+    re: PerToken
+    u00_sq: PerToken
+    u11_sq: PerToken
 
     @property
-    def change_sq(self) -> FloatArray:
+    def change_sq(self) -> PerToken:
         """norm(u^11_i - u^00_i)^2, [..., n]."""
-        return np.maximum(self.rr + self.ee + 2 * self.re, 0.0)
+        change: FloatArray = np.maximum(self.rr + self.ee + 2 * self.re, 0.0)
+        return change
 
-    def per_sample(self, sample: NDArray[np.integer]) -> CoDriftTokens:
+    def per_sample(self, sample: Sample) -> CoDriftTokens:
         """Average tokens in each sample; ``sample`` [n] gives [..., m]."""
         return CoDriftTokens(*(sample_means(part, sample) for part in self._parts()))
 
-    def reduce(self, sample: SampleIndex = None, still: float = _STILL) -> CoDrift:
+    def reduce(self, sample: Sample | None = None, still: float = _STILL) -> CoDrift:
         """Average (tokens in a sample, then samples; all tokens alike without ``sample``) and form Phi.
 
         Args:
@@ -107,7 +122,7 @@ class CoDriftTokens:
                 reason[...] = Reason.NO_TOKENS
         return result
 
-    def impact(self, base_sq: ArrayLike, sample: SampleIndex = None) -> Impact:
+    def impact(self, base_sq: Float[np.ndarray, "*site token"], sample: Sample | None = None) -> Impact:
         """Drift relative to what the base module puts out: does it matter here?
 
         Args:
@@ -127,7 +142,7 @@ class CoDriftTokens:
     def interval(
         self,
         field: str,
-        sample: SampleIndex = None,
+        sample: Sample | None = None,
         *,
         draws: int = 1000,
         seed: int = 0,
@@ -183,7 +198,7 @@ def _compose(
     )
 
 
-def expert_grams(B0: ArrayLike, B1: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+def expert_grams(B0: ExpertFactors0, B1: ExpertFactors1) -> tuple[SiteGram00, SiteGram01, SiteGram11]:
     """Gram matrices of expert outputs: B [..., E, d_out, r] with the scaling give three [..., E r, E' r'].
 
     Returns:
@@ -207,13 +222,13 @@ def _flat_columns(factor: FloatArray) -> FloatArray:
 
 
 def codrift_from_grams(
-    gate0: ArrayLike,
-    gate1: ArrayLike,
-    z0: ArrayLike,
-    z1: ArrayLike,
-    G00: ArrayLike,
-    G01: ArrayLike,
-    G11: ArrayLike,
+    gate0: Gates0,
+    gate1: Gates1,
+    z0: Paths0,
+    z1: Paths1,
+    G00: SiteGram00,
+    G01: SiteGram01,
+    G11: SiteGram11,
 ) -> CoDriftTokens:
     """Inner products of R and E for every token.
 
@@ -299,13 +314,13 @@ def _check_shapes(
 
 
 def codrift(
-    gate0: ArrayLike,
-    gate1: ArrayLike,
-    z0: ArrayLike,
-    z1: ArrayLike,
-    B0: ArrayLike,
-    B1: ArrayLike,
-    sample: SampleIndex = None,
+    gate0: Gates0,
+    gate1: Gates1,
+    z0: Paths0,
+    z1: Paths1,
+    B0: ExpertFactors0,
+    B1: ExpertFactors1,
+    sample: Sample | None = None,
 ) -> CoDrift:
     """Co-drift divergence of a site (or a stack of sites) between two checkpoints.
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, divide
 from driftlens.metrics.resample import probe_mean
-from driftlens.metrics.routing import SampleIndex
+from driftlens.metrics.shapes import Gates, Importance, Paths, PathwayGram, PerPathway, PerSite, Sample
 
 __all__ = [
     "Concentration",
@@ -30,11 +31,11 @@ __all__ = [
 class Concentration(NamedTuple):
     """Result of `importance_concentration`, each [...]."""
 
-    top_share: FloatArray
-    gini: FloatArray
+    top_share: PerSite
+    gini: PerSite
 
 
-def rank_importance(gate: ArrayLike, z: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def rank_importance(gate: Gates, z: Paths, sample: Sample | None = None) -> Importance:
     """Importance of each pathway, mean_i pi_{i,e} z_{i,e,k}^2 (PASs-MoE Eq. 9, the mean of the product).
 
     Args:
@@ -48,7 +49,7 @@ def rank_importance(gate: ArrayLike, z: ArrayLike, sample: SampleIndex = None) -
     return probe_mean(as_weights(gate)[..., None] * as_float(z) ** 2, sample, axis=-3)
 
 
-def importance_concentration(importance: ArrayLike, top: float = 0.4) -> Concentration:
+def importance_concentration(importance: Importance, top: float = 0.4) -> Concentration:
     """How unequally importance is spread over all pathways of a site.
 
     Args:
@@ -95,13 +96,13 @@ def rank_update(anchor: ArrayLike, current: ArrayLike, axis: int = -1) -> FloatA
     return divide(np.linalg.norm(new - old, axis=axis), np.linalg.norm(old, axis=axis))
 
 
-def rank_update_from_grams(gram00: ArrayLike, gram01: ArrayLike, gram11: ArrayLike) -> FloatArray:
+def rank_update_from_grams(gram00: PathwayGram, gram01: PathwayGram, gram11: PathwayGram) -> PerPathway:
     """As `rank_update`, from Gram matrices [..., r, r] of the pathways; resolves changes above about 1e-8."""
     own, between, new = (np.diagonal(as_float(gram), axis1=-2, axis2=-1) for gram in (gram00, gram01, gram11))
     return np.sqrt(divide(np.maximum(own - 2 * between + new, 0.0), own))
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> FloatArray:
+def spearman(x: Float[np.ndarray, "*site item"], y: Float[np.ndarray, "*#site item"]) -> PerSite:
     """Spearman correlation along the last axis, ties by mean rank: [..., m] x [..., m] gives [...] in -1..1.
 
     NaN where a side is constant or holds NaN. For pathways of a site flatten [E, r] to one axis first.

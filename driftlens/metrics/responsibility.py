@@ -10,11 +10,25 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from jaxtyping import Float64
+from numpy.typing import NDArray
 
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
 from driftlens.metrics.resample import probe_mean, sample_means
-from driftlens.metrics.routing import SampleIndex, js_divergence
+from driftlens.metrics.routing import js_divergence
+from driftlens.metrics.shapes import (
+    Gates,
+    Gates0,
+    Gates1,
+    Norms,
+    Norms0,
+    Norms1,
+    Paths,
+    PerSite,
+    PerToken,
+    Reasons,
+    Sample,
+)
 from driftlens.metrics.undefined import Reason
 
 __all__ = [
@@ -29,13 +43,13 @@ __all__ = [
 
 
 class _Parts(NamedTuple):
-    total: FloatArray
-    router: FloatArray
-    experts: FloatArray
-    phi_router: FloatArray
-    phi_experts: FloatArray
-    synergy: FloatArray
-    retained: FloatArray
+    total: PerSite
+    router: PerSite
+    experts: PerSite
+    phi_router: PerSite
+    phi_experts: PerSite
+    synergy: PerSite
+    retained: PerSite
 
 
 class ResponsibilityDrift(_Parts):
@@ -47,7 +61,7 @@ class ResponsibilityDrift(_Parts):
     of `Reason` for ``total``.
     """
 
-    reason: NDArray[np.uint8]
+    reason: Reasons
 
 
 @dataclass(frozen=True)
@@ -58,13 +72,13 @@ class ResponsibilityTokens:
     is 0, as when the new gate picks only experts that did not exist at the anchor.
     """
 
-    total: FloatArray
-    router: FloatArray
-    experts: FloatArray
-    retained: FloatArray
-    reason: NDArray[np.uint8]
+    total: PerToken
+    router: PerToken
+    experts: PerToken
+    retained: PerToken
+    reason: Reasons
 
-    def per_sample(self, sample: NDArray[np.integer]) -> ResponsibilityTokens:
+    def per_sample(self, sample: Sample) -> ResponsibilityTokens:
         """Average the defined tokens of each sample: [..., m]."""
         total, router, experts, retained = (
             sample_means(part, sample, skip_undefined=True)
@@ -72,7 +86,7 @@ class ResponsibilityTokens:
         )
         return ResponsibilityTokens(total, router, experts, retained, self.reason)
 
-    def reduce(self, sample: SampleIndex = None) -> ResponsibilityDrift:
+    def reduce(self, sample: Sample | None = None) -> ResponsibilityDrift:
         """Average defined tokens in a sample, then samples.
 
         The Shapley parts and the synergy are means over the tokens that have all four shares; they sum to ``total``
@@ -97,7 +111,7 @@ class ResponsibilityTokens:
         return result
 
 
-def responsibility(gate: ArrayLike, norm: ArrayLike) -> FloatArray:
+def responsibility(gate: Gates, norm: Norms) -> Float64[np.ndarray, "*site token expert"]:
     """Share of the update's magnitude by expert: gates and output norms [..., n, E] give [..., n, E], rows sum to 1.
 
     Rows without any output are NaN.
@@ -106,9 +120,7 @@ def responsibility(gate: ArrayLike, norm: ArrayLike) -> FloatArray:
     return divide(magnitude, magnitude.sum(axis=-1, keepdims=True))
 
 
-def responsibility_tokens(
-    gate0: ArrayLike, gate1: ArrayLike, norm0: ArrayLike, norm1: ArrayLike
-) -> ResponsibilityTokens:
+def responsibility_tokens(gate0: Gates0, gate1: Gates1, norm0: Norms0, norm1: Norms1) -> ResponsibilityTokens:
     """Responsibility drift of every token; arguments as in `responsibility_drift`."""
     pi0, pi1 = as_weights(gate0, "gate0"), as_weights(gate1, "gate1")
     o0, o1 = as_weights(norm0, "norm0"), as_weights(norm1, "norm1")
@@ -154,7 +166,7 @@ def _reasons(
 
 
 def responsibility_drift(
-    gate0: ArrayLike, gate1: ArrayLike, norm0: ArrayLike, norm1: ArrayLike, sample: SampleIndex = None
+    gate0: Gates0, gate1: Gates1, norm0: Norms0, norm1: Norms1, sample: Sample | None = None
 ) -> ResponsibilityDrift:
     """Drift of responsibility between two checkpoints, with its router and expert parts.
 
@@ -175,7 +187,7 @@ def responsibility_drift(
     return responsibility_tokens(gate0, gate1, norm0, norm1).reduce(sample)
 
 
-def alignment(gate: ArrayLike, norm: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def alignment(gate: Gates, norm: Norms, sample: Sample | None = None) -> PerSite:
     """Agreement of the gate with the experts' own output: 1 - mean_i JS(pi_i, norm(o_i) / sum), [...] in 0..1.
 
     Args:
@@ -193,7 +205,7 @@ def alignment(gate: ArrayLike, norm: ArrayLike, sample: SampleIndex = None) -> F
     return np.where(_whole(weights) & _whole(magnitude), agreement, np.nan)
 
 
-def alignment_energy(gate: ArrayLike, z: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def alignment_energy(gate: Gates, z: Paths, sample: Sample | None = None) -> PerSite:
     """PASs-MoE's own view: `alignment` with the pathway energy norm(A_e h)^2 / r in place of the output norm.
 
     Args:

@@ -12,12 +12,14 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import rel_entr
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, normalise, pad_experts
 from driftlens.metrics.resample import probe_mean, sample_means
+from driftlens.metrics.shapes import Gates, Gates0, Gates1, PerSite, PerToken, Sample
 from driftlens.metrics.undefined import Measured, Reason
 
 __all__ = [
@@ -36,21 +38,19 @@ __all__ = [
     "topk_overlap",
 ]
 
-SampleIndex = NDArray[np.integer] | None
-
 
 class Top1Switch(NamedTuple):
     """Result of `top1_switch`, each [...]."""
 
-    switched: FloatArray
-    chance: FloatArray
-    ties: FloatArray
+    switched: PerSite
+    chance: PerSite
+    ties: PerSite
 
 
 class TopKOverlap(NamedTuple):
     """Result of `topk_overlap`: the overlap [...] and its chance level k/E."""
 
-    overlap: FloatArray
+    overlap: PerSite
     chance: float
 
 
@@ -81,13 +81,13 @@ def js_divergence(p: ArrayLike, q: ArrayLike, base: float = 2) -> FloatArray:
     return clipped
 
 
-def _gates(gate0: ArrayLike, gate1: ArrayLike) -> tuple[FloatArray, FloatArray]:
+def _gates(gate0: Gates0, gate1: Gates1) -> tuple[FloatArray, FloatArray]:
     first, second = as_weights(gate0, "gate0"), as_weights(gate1, "gate1")
     check_same_tokens(first, second)
     return pad_experts(first, second)
 
 
-def router_js(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def router_js(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> PerSite:
     """Mean Jensen-Shannon divergence between the gates of the same token, base 2: [...] in 0..1.
 
     The per-token values are ``js_divergence(gate0, gate1)``.
@@ -95,12 +95,12 @@ def router_js(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) ->
     return probe_mean(js_divergence(*_gates(gate0, gate1)), sample)
 
 
-def router_js_distance(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def router_js_distance(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> PerSite:
     """Mean over tokens of the square root of the divergence, which is a metric: [...] in 0..1."""
     return probe_mean(np.sqrt(js_divergence(*_gates(gate0, gate1))), sample)
 
 
-def marginal_js(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def marginal_js(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> PerSite:
     """Divergence of the two probe-mean gates, base 2: [...] in 0..1, never above `router_js`.
 
     With exact sums in place of token rows pass them as a single token: ``gate_sum[..., None, :]``.
@@ -109,14 +109,14 @@ def marginal_js(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) 
     return js_divergence(probe_mean(first, sample, axis=-2), probe_mean(second, sample, axis=-2))
 
 
-def sample_js(gate0: ArrayLike, gate1: ArrayLike, sample: NDArray[np.integer]) -> FloatArray:
+def sample_js(gate0: Gates0, gate1: Gates1, sample: Sample) -> PerSite:
     """PASs-MoE Fig. 3: gates averaged over each sample's tokens, divergence in nats, mean over samples: 0..ln 2."""
     first, second = (normalise(gate) for gate in _gates(gate0, gate1))
     per_sample = js_divergence(sample_means(first, sample, axis=-2), sample_means(second, sample, axis=-2), base=math.e)
     return probe_mean(per_sample)
 
 
-def mass_moved_tokens(gate0: ArrayLike, gate1: ArrayLike) -> FloatArray:
+def mass_moved_tokens(gate0: Gates0, gate1: Gates1) -> PerToken:
     """Total variation between the gates of each token: [..., n] in 0..1."""
     first, second = (normalise(gate) for gate in _gates(gate0, gate1))
     one_absent = (first.sum(axis=-1) == 0) != (second.sum(axis=-1) == 0)
@@ -124,12 +124,12 @@ def mass_moved_tokens(gate0: ArrayLike, gate1: ArrayLike) -> FloatArray:
     return distance
 
 
-def mass_moved(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def mass_moved(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> PerSite:
     """Share of the gate's mass that went to another expert (mean total variation): [...] in 0..1."""
     return probe_mean(mass_moved_tokens(gate0, gate1), sample)
 
 
-def top1_switch(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) -> Top1Switch:
+def top1_switch(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> Top1Switch:
     """Share of tokens whose strongest expert changed.
 
     Ties go to the lower index and are counted: ``ties`` is the share of tokens with a tie at either checkpoint.
@@ -153,7 +153,7 @@ def top1_switch(gate0: ArrayLike, gate1: ArrayLike, sample: SampleIndex = None) 
     return Top1Switch(switched, chance, probe_mean(np.where(broken, np.nan, tied[0] | tied[1]), sample))
 
 
-def topk_mask(gate: ArrayLike, k: int) -> NDArray[np.bool_]:
+def topk_mask(gate: Gates, k: int) -> Bool[np.ndarray, "*site token expert"]:
     """Mark the k strongest experts of each token, ties to the lower index: [..., n, E] bool.
 
     Rows of zeros (no site) mark nothing.
@@ -172,7 +172,7 @@ def topk_mask(gate: ArrayLike, k: int) -> NDArray[np.bool_]:
     return present
 
 
-def topk_overlap(gate0: ArrayLike, gate1: ArrayLike, k: int, sample: SampleIndex = None) -> TopKOverlap:
+def topk_overlap(gate0: Gates0, gate1: Gates1, k: int, sample: Sample | None = None) -> TopKOverlap:
     """Mean share of the top-k set that both checkpoints have in common (OLMoE's router saturation).
 
     Returns:
@@ -185,9 +185,9 @@ def topk_overlap(gate0: ArrayLike, gate1: ArrayLike, k: int, sample: SampleIndex
 
 
 def relative_js(
-    gate0: ArrayLike,
-    gate1: ArrayLike,
-    sample: SampleIndex = None,
+    gate0: Gates0,
+    gate1: Gates1,
+    sample: Sample | None = None,
     *,
     noise_floor: ArrayLike = 1e-6,
     seed: int = 0,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, divide
+from driftlens.metrics.shapes import PerTask, ScoreMatrix
 
 __all__ = ["FormatShare", "format_share", "stream_scores"]
 
@@ -16,11 +16,11 @@ __all__ = ["FormatShare", "format_share", "stream_scores"]
 class FormatShare(NamedTuple):
     """Result of `format_share`: ``per_task`` [T] and ``overall`` for the whole stream."""
 
-    per_task: FloatArray
+    per_task: PerTask
     overall: float
 
 
-def _score_matrix(matrix: ArrayLike) -> FloatArray:
+def _score_matrix(matrix: ScoreMatrix) -> FloatArray:
     scores = as_float(matrix)
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] + 1 or scores.shape[1] == 0:
         raise ConfigError(
@@ -30,7 +30,7 @@ def _score_matrix(matrix: ArrayLike) -> FloatArray:
     return scores
 
 
-def stream_scores(matrix: ArrayLike) -> dict[str, float]:
+def stream_scores(matrix: ScoreMatrix) -> dict[str, float]:
     """Summarise scores a[t, j], the score on task j after task t (row 0: before the first task).
 
     Args:
@@ -69,7 +69,7 @@ def stream_scores(matrix: ArrayLike) -> dict[str, float]:
     }
 
 
-def format_share(strict: ArrayLike, lenient: ArrayLike) -> FormatShare:
+def format_share(strict: ScoreMatrix, lenient: ScoreMatrix) -> FormatShare:
     """Part of the strict forgetting that disappears under the lenient scorer: answers right in substance.
 
     Args:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from jaxtyping import Float, Float64, Int
 from scipy.special import entr
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, divide, finite_matrices, normalise, pad_experts
+from driftlens.metrics.shapes import Columns0, Columns1, Gram0, Gram1, GramCross, PerSite, Rows0, Rows1
 
 __all__ = [
     "RANK_TOLERANCE",
@@ -49,19 +50,19 @@ RANK_TOLERANCE = 1e-6
 class Whitening(NamedTuple):
     """``matrix`` [..., r, r] whose first ``rank`` rows whiten a Gram matrix (the others are 0); ``rank`` [...]."""
 
-    matrix: FloatArray
-    rank: NDArray[np.intp]
+    matrix: Gram0
+    rank: Int[np.ndarray, "*site"]
 
 
 class Basis(NamedTuple):
     """Orthonormal rows ``vectors`` [..., r, d] (0 beyond ``rank`` [...]) and the ``matrix`` with vectors = matrix A."""
 
-    vectors: FloatArray
-    matrix: FloatArray
-    rank: NDArray[np.intp]
+    vectors: Rows0
+    matrix: Gram0
+    rank: Int[np.ndarray, "*site"]
 
 
-def whitening(gram: ArrayLike, rtol: float = RANK_TOLERANCE) -> Whitening:
+def whitening(gram: Gram0, rtol: float = RANK_TOLERANCE) -> Whitening:
     """Whiten Gram matrices.
 
     Args:
@@ -86,7 +87,7 @@ def whitening(gram: ArrayLike, rtol: float = RANK_TOLERANCE) -> Whitening:
     return Whitening(np.where(finite[..., None, None], white, np.nan), kept.sum(axis=-1))
 
 
-def orthonormal_rows(A: ArrayLike, rtol: float = RANK_TOLERANCE) -> Basis:
+def orthonormal_rows(A: Rows0, rtol: float = RANK_TOLERANCE) -> Basis:
     """Orthonormal basis of the row space of each A_e: [..., r, d].
 
     Whitened twice: the second pass removes what the squared condition number of the first left of non-orthogonality.
@@ -113,27 +114,28 @@ class SubspacePair:
         sines: [..., min(r0, r1)] sines of the principal angles in ascending order if known better than from ``cross``.
     """
 
-    cross: FloatArray
-    rank0: NDArray[np.intp]
-    rank1: NDArray[np.intp]
-    matrix0: FloatArray
+    cross: GramCross
+    rank0: Int[np.ndarray, "*site"]
+    rank1: Int[np.ndarray, "*site"]
+    matrix0: Gram0
     dim: int
-    sines: FloatArray | None = None
+    sines: Float64[np.ndarray, "*site angle"] | None = None
 
-    def overlap(self) -> FloatArray:
+    def overlap(self) -> PerSite:
         """norm_F(Q0 Q1^T)^2 / min(rank): [...] in 0..1; NaN if a subspace is empty (a factor of zeros)."""
         squared = (self.cross**2).sum(axis=(-1, -2))
         return np.minimum(divide(squared, np.minimum(self.rank0, self.rank1)), 1.0)
 
-    def chance(self) -> FloatArray:
+    def chance(self) -> PerSite:
         """Expected overlap of random subspaces of these ranks: larger rank / d, [...]."""
-        return np.maximum(self.rank0, self.rank1) / self.dim
+        chance: FloatArray = np.maximum(self.rank0, self.rank1) / self.dim
+        return chance
 
-    def adjusted(self) -> FloatArray:
+    def adjusted(self) -> PerSite:
         """(overlap - chance) / (1 - chance): [...] at most 1, 0 for random subspaces; NaN if one fills the space."""
         return divide(self.overlap() - self.chance(), 1.0 - self.chance())
 
-    def angles(self) -> FloatArray:
+    def angles(self) -> Float64[np.ndarray, "*site angle"]:
         """Principal angles, [..., min(r0, r1)] in 0..pi/2, ascending; NaN beyond the smaller rank."""
         clean, finite = finite_matrices(self.cross)
         cosines = np.linalg.svdvals(clean)
@@ -143,13 +145,13 @@ class SubspacePair:
         size = np.where(finite, np.minimum(self.rank0, self.rank1), 0)
         return np.where(np.arange(angles.shape[-1]) < size[..., None], angles, np.nan)
 
-    def distance(self) -> FloatArray:
+    def distance(self) -> PerSite:
         """Geodesic distance per dimension, norm_2(angles)/sqrt(rank): [...] in 0..pi/2."""
         angles = self.angles()
         count = (~np.isnan(angles)).sum(axis=-1)
         return np.sqrt(divide(np.nansum(angles**2, axis=-1), count))
 
-    def active_overlap(self, moment: ArrayLike) -> FloatArray:
+    def active_overlap(self, moment: Gram0) -> PerSite:
         """Overlap weighted by the directions a probe uses at the anchor: [...] in 0..1.
 
         Args:
@@ -192,13 +194,13 @@ def pair_from_bases(basis0: Basis, basis1: Basis) -> SubspacePair:
     return SubspacePair(cross, basis0.rank, basis1.rank, basis0.matrix, basis0.vectors.shape[-1], sines)
 
 
-def pair_from_factors(A0: ArrayLike, A1: ArrayLike, rtol: float = RANK_TOLERANCE) -> SubspacePair:
+def pair_from_factors(A0: Rows0, A1: Rows1, rtol: float = RANK_TOLERANCE) -> SubspacePair:
     """Compare the row spaces of A0 [..., r0, d] and A1 [..., r1, d]."""
     return pair_from_bases(orthonormal_rows(A0, rtol), orthonormal_rows(A1, rtol))
 
 
 def pair_from_grams(
-    gram00: ArrayLike, gram01: ArrayLike, gram11: ArrayLike, dim: int, rtol: float = RANK_TOLERANCE
+    gram00: Gram0, gram01: GramCross, gram11: Gram1, dim: int, rtol: float = RANK_TOLERANCE
 ) -> SubspacePair:
     """Compare row spaces from A0 A0^T, A0 A1^T and A1 A1^T (for B: B0^T B0, B0^T B1, B1^T B1).
 
@@ -217,7 +219,9 @@ def pair_from_grams(
     return SubspacePair(cross, white0.rank, white1.rank, white0.matrix, dim)
 
 
-def expert_blocks(gram: ArrayLike, experts: int) -> FloatArray:
+def expert_blocks(
+    gram: Float[np.ndarray, "*site rows columns"], experts: int
+) -> Float64[np.ndarray, "*site expert rank0 rank1"]:
     """Cut the blocks of one expert with itself out of [..., E r, E r'] (expert-slowest): [..., E, r, r'].
 
     Raises:
@@ -231,37 +235,37 @@ def expert_blocks(gram: ArrayLike, experts: int) -> FloatArray:
     return np.moveaxis(np.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
 
 
-def subspace_overlap(A0: ArrayLike, A1: ArrayLike) -> FloatArray:
+def subspace_overlap(A0: Rows0, A1: Rows1) -> PerSite:
     """Overlap of the row spaces of A0 [..., r0, d] and A1 [..., r1, d]: [...] in 0..1; see `SubspacePair.overlap`."""
     return pair_from_factors(A0, A1).overlap()
 
 
-def subspace_overlap_adjusted(A0: ArrayLike, A1: ArrayLike) -> FloatArray:
+def subspace_overlap_adjusted(A0: Rows0, A1: Rows1) -> PerSite:
     """Overlap above chance: [...] at most 1; see `SubspacePair.adjusted`."""
     return pair_from_factors(A0, A1).adjusted()
 
 
-def principal_angles(A0: ArrayLike, A1: ArrayLike) -> FloatArray:
+def principal_angles(A0: Rows0, A1: Rows1) -> Float64[np.ndarray, "*site angle"]:
     """Principal angles between row spaces, [..., min(r0, r1)], ascending; see `SubspacePair.angles`."""
     return pair_from_factors(A0, A1).angles()
 
 
-def grassmann_distance(A0: ArrayLike, A1: ArrayLike) -> FloatArray:
+def grassmann_distance(A0: Rows0, A1: Rows1) -> PerSite:
     """Root mean square principal angle, [...] in 0..pi/2; see `SubspacePair.distance`."""
     return pair_from_factors(A0, A1).distance()
 
 
-def output_overlap(B0: ArrayLike, B1: ArrayLike) -> FloatArray:
+def output_overlap(B0: Columns0, B1: Columns1) -> PerSite:
     """Overlap of the column spaces of B0 [..., d_out, r0] and B1 [..., d_out, r1]: [...] in 0..1."""
     return subspace_overlap(np.swapaxes(as_float(B0), -1, -2), np.swapaxes(as_float(B1), -1, -2))
 
 
-def active_overlap(A0: ArrayLike, A1: ArrayLike, moment: ArrayLike) -> FloatArray:
+def active_overlap(A0: Rows0, A1: Rows1, moment: Gram0) -> PerSite:
     """Overlap weighted by the anchor's use, ``moment`` [..., r0, r0]: [...]; see `SubspacePair.active_overlap`."""
     return pair_from_factors(A0, A1).active_overlap(moment)
 
 
-def active_rank(A: ArrayLike, moment: ArrayLike) -> FloatArray:
+def active_rank(A: Rows0, moment: Gram0) -> PerSite:
     """Number of directions of the PAS that a probe uses: exp(entropy of lambda / sum lambda), [...] in 1..r.
 
     Args:
@@ -271,12 +275,12 @@ def active_rank(A: ArrayLike, moment: ArrayLike) -> FloatArray:
     return _active_rank(orthonormal_rows(A).matrix, moment)
 
 
-def active_rank_from_gram(gram: ArrayLike, moment: ArrayLike) -> FloatArray:
+def active_rank_from_gram(gram: Gram0, moment: Gram0) -> PerSite:
     """As `active_rank`, from A A^T [..., r, r]."""
     return _active_rank(whitening(gram).matrix, moment)
 
 
-def _active_rank(matrix: FloatArray, moment: ArrayLike) -> FloatArray:
+def _active_rank(matrix: FloatArray, moment: Gram0) -> PerSite:
     used = _coordinates_moment(matrix, moment)
     clean, finite = finite_matrices(used)
     spectrum = np.clip(np.linalg.eigvalsh(clean), 0.0, None)
@@ -285,7 +289,7 @@ def _active_rank(matrix: FloatArray, moment: ArrayLike) -> FloatArray:
     return np.where(defined, rank, np.nan)
 
 
-def _coordinates_moment(matrix: FloatArray, moment: ArrayLike) -> FloatArray:
+def _coordinates_moment(matrix: FloatArray, moment: Gram0) -> FloatArray:
     """Second moment of q = W z."""
     used: FloatArray = matrix @ as_float(moment) @ np.swapaxes(matrix, -1, -2)
     return used

@@ -10,8 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from driftlens.metrics.shapes import PerSite, Reasons
 
 __all__ = ["Measured", "Reason"]
 
@@ -66,5 +65,5 @@ class Measured(NamedTuple):
         reason: uint8 array of the same shape, codes of `Reason`.
     """
 
-    value: NDArray[np.float64]
-    reason: NDArray[np.uint8]
+    value: PerSite
+    reason: Reasons

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from jaxtyping import Float, Float64, Int, Num
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, divide, normalise
 from driftlens.metrics.resample import probe_mean
-from driftlens.metrics.routing import SampleIndex, topk_mask
+from driftlens.metrics.routing import topk_mask
+from driftlens.metrics.shapes import Flags, Gates, PerExpert, PerSite, PerToken, Sample
 from driftlens.metrics.undefined import Measured, Reason
 
 __all__ = [
@@ -36,7 +38,7 @@ NEAR_UNIFORM_ENTROPY = 0.99
 """Normalised gate entropy above which a gate is said never to have routed."""
 
 
-def load(gate: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def load(gate: Gates, sample: Sample | None = None) -> PerExpert:
     """Mean normalised gate, [..., E]: the share of the work each expert gets."""
     return probe_mean(normalise(as_weights(gate)), sample, axis=-2)
 
@@ -46,38 +48,38 @@ def normalised_entropy(nats: ArrayLike, experts: int) -> FloatArray:
     return divide(nats, math.log(experts) if experts > 1 else 0.0)
 
 
-def gate_entropy_tokens(gate: ArrayLike) -> FloatArray:
+def gate_entropy_tokens(gate: Gates) -> PerToken:
     """Entropy of each token's gate over ln E: [..., n] in 0..1; NaN with one expert and for rows of zeros."""
     weights = as_weights(gate)
     nats = np.where(weights.sum(axis=-1) == 0, np.nan, entr(normalise(weights)).sum(axis=-1))
     return np.minimum(normalised_entropy(nats, weights.shape[-1]), 1.0)
 
 
-def gate_entropy(gate: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def gate_entropy(gate: Gates, sample: Sample | None = None) -> PerSite:
     """Mean over tokens of the gate's normalised entropy, [...] in 0..1: 0 one-hot, 1 never routed."""
     return probe_mean(gate_entropy_tokens(gate), sample)
 
 
-def load_entropy(gate: ArrayLike, sample: SampleIndex = None) -> FloatArray:
+def load_entropy(gate: Gates, sample: Sample | None = None) -> PerSite:
     """Normalised entropy of the mean gate, [...] in 0..1: 1 balanced load, 0 one expert does all the work."""
     share = load(gate, sample)
     nats = np.where(share.sum(axis=-1) == 0, np.nan, entr(normalise(share)).sum(axis=-1))
     return np.minimum(normalised_entropy(nats, share.shape[-1]), 1.0)
 
 
-def near_uniform(entropy: ArrayLike) -> NDArray[np.bool_]:
+def near_uniform(entropy: PerSite) -> Flags:
     """Flag normalised gate entropies above 0.99: a gate that never routed cannot drift."""
     return as_float(entropy) > NEAR_UNIFORM_ENTROPY
 
 
-def dead_experts(gate: ArrayLike, sample: SampleIndex = None) -> NDArray[np.intp]:
+def dead_experts(gate: Gates, sample: Sample | None = None) -> Int[np.ndarray, "*site"]:
     """Count experts whose load is below 1/(10 E), [...] in 0..E."""
     share = normalise(load(gate, sample))
     dead: NDArray[np.intp] = (share < 1 / (10 * share.shape[-1])).sum(axis=-1)
     return dead
 
 
-def coactivation(gate: ArrayLike, k: int, sample: SampleIndex = None) -> FloatArray:
+def coactivation(gate: Gates, k: int, sample: Sample | None = None) -> Float64[np.ndarray, "*site expert expert"]:
     """Probability that expert f is in the top-k set given that e is, for all pairs.
 
     Returns:
@@ -101,7 +103,7 @@ def coactivation_chance(k: int, experts: int) -> float:
     return (k - 1) / (experts - 1) if experts > 1 else math.nan
 
 
-def specialisation(loads: ArrayLike, counts: ArrayLike) -> Measured:
+def specialisation(loads: Float[np.ndarray, "*site probe expert"], counts: Num[np.ndarray, "*#site probe"]) -> Measured:
     """Mutual information of expert and task over the probes, equal weight per task, over ln min(E, tasks).
 
     Expert given task is drawn from the task's mean gate; both entropies are corrected for finite samples (Miller and
