@@ -72,12 +72,10 @@ class MoELoraModel(BaseTuner):
         if not isinstance(target, nn.Linear):
             raise ConfigError(
                 f"MoE-LoRA adapts torch.nn.Linear modules; {current_key!r} is a {type(target).__name__}. Leave it out "
-                "of target_modules, or name it in exclude_modules."
+                "of target_modules, or name it in exclude_modules. Of quantised bases those work whose modules are "
+                "subclasses of torch.nn.Linear (bitsandbytes); load others unquantised."
             )
-        layer = MoELoraLinear(target, adapter_name, config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter starts inactive, as in PEFT
-        self._replace_module(parent, target_name, layer, target)
+        self._replace_module(parent, target_name, MoELoraLinear(target, adapter_name, config), target)
 
     def _check_merge_allowed(self) -> None:
         raise ConfigError(MERGE_REFUSED)
@@ -142,8 +140,8 @@ def set_gate_temperature(model: nn.Module, tau: float, adapter: str | None = Non
 def load_balance_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
     """Return ``load_balance_coef`` times the load-balance loss of the last training forward, a mean over sites.
 
-    Call it once after each forward and add it to the loss. A forward that gradient checkpointing runs again
-    overwrites the stored values and is not counted twice.
+    Call it once after each forward and add it to the loss. Every token counts, padding too. A forward that gradient
+    checkpointing runs again overwrites the stored values and is not counted twice.
 
     Args:
         model: a model with MoE-LoRA sites.

@@ -79,6 +79,7 @@ def test_adapters_can_be_added_chosen_disabled_and_deleted():
     base, first = logits(make_llama()), logits(model)
     model.add_adapter("second", config(num_experts=5, r=3, gate="energy", target_modules=["down_proj", "q_proj"]))
     assert torch.equal(logits(model), first)  # not active yet
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".second." in name)
     randomise(model, "second", seed=5)
     model.set_adapter("second")
     second = logits(model)
