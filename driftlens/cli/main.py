@@ -1,0 +1,86 @@
+"""``driftlens``: the entry point, its commands and their exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from driftlens import __version__
+from driftlens.cli.common import console
+from driftlens.errors import DriftLensError
+
+__all__ = ["app", "main"]
+
+_EPILOG = (
+    "Exit codes: 0 done, 1 other error, 2 wrong command line or configuration, 3 something does not exist, "
+    "4 corrupt or foreign file, 5 probes do not fit, 6 locked by another writer, 7 disk refuses, "
+    "8 nothing to observe in the model, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="driftlens",
+    help="Where and why a continually trained mixture-of-experts LoRA model forgets.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console().print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Where and why a continually trained mixture-of-experts LoRA model forgets."""
+
+
+def _register() -> None:
+    # Each module only declares a function; what it needs is imported when it is called.
+    from driftlens.cli import analyze, assets, compare, demo, listing, record, sites, train, verify
+
+    app.command("demo")(demo.demo)
+    app.command("assets")(assets.assets)
+    app.command("train")(train.train)
+    app.command("record")(record.record)
+    app.command("analyze")(analyze.analyze)
+    app.command("compare")(compare.compare)
+    app.command("sites")(sites.sites)
+    app.command("methods")(listing.methods)
+    app.command("streams")(listing.streams)
+    app.command("ls")(listing.ls)
+    app.command("verify")(verify.verify)
+
+
+_register()
+
+
+def main() -> None:
+    """Run the command line; a known error is one message on stderr and its documented exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except DriftLensError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted. What was finished is kept; run the same command again (training: with --resume).", 130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"The operating system refused: {error.strerror or error}{where}.", 7)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    console(stderr=True).print(f"Error: {message}", style="red", markup=False)
+    sys.exit(code)

@@ -1,0 +1,61 @@
+"""``driftlens record``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from driftlens.cli.common import JsonOption, QuietOption, emit, note, progress_bar
+from driftlens.errors import ConfigError
+
+__all__ = ["record"]
+
+
+def record(
+    run: Annotated[Path | None, typer.Option("--run", help="Record every checkpoint of this run; resumable.")] = None,
+    ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Record one checkpoint (a PEFT adapter folder).")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model: builtin, a hub id or a folder.")] = None,
+    probes: Annotated[Path | None, typer.Option("--probes", help="Probe set folder (default: probes/builtin).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="With --ckpt: the file to write.")] = None,
+    tokens_per_sample: Annotated[
+        int | None, typer.Option("--tokens-per-sample", min=1, help="Keep this many token rows of each sample.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write router distributions and pathway activations of checkpoints on fixed probes to HDF5."""
+    if (run is None) == (ckpt is None):
+        raise ConfigError("Give exactly one of --run RUN (every checkpoint of a run) and --ckpt CKPT (one of them).")
+    from driftlens.recording import record_checkpoint, record_run
+
+    if run is not None:
+        if out is not None:
+            raise ConfigError("--out belongs to --ckpt; recordings of a run go into the run folder.")
+        with progress_bar(quiet) as report:
+            summaries = record_run(
+                run,
+                probes=probes,
+                base=base,
+                batch_size=batch_size,
+                tokens_per_sample=tokens_per_sample,
+                progress=report,
+            )
+        emit([summary.row() for summary in summaries], as_json=as_json)
+        note(f"Next: driftlens analyze {run}", quiet or as_json)
+        return
+    assert ckpt is not None
+    target = out if out is not None else Path(f"{ckpt.name}.h5")
+    with progress_bar(quiet) as report:
+        summary = record_checkpoint(
+            ckpt,
+            base=base,
+            probes=probes,
+            out=target,
+            batch_size=batch_size,
+            tokens_per_sample=tokens_per_sample,
+            progress=report,
+        )
+    emit([summary.row()], as_json=as_json)

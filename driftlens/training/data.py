@@ -1,0 +1,98 @@
+"""Training batches: with or without the frozen-prefix cache, the same shapes and the same loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from driftlens.backbones import Encoded, collate
+from driftlens.backbones.prefix import FrozenPrefix, PrefixStates
+from driftlens.store import atomic_file
+
+__all__ = ["EncodedTask", "TrainingCollator", "cached_states"]
+
+
+@dataclass(frozen=True)
+class EncodedTask(Dataset[dict[str, Any]]):
+    """The encoded training samples of a task, with their prefix states if these are cached."""
+
+    samples: Sequence[Encoded]
+    states: PrefixStates | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"encoded": self.samples[index], "hidden": None if self.states is None else self.states[index]}
+
+
+@dataclass(frozen=True)
+class TrainingCollator:
+    """Pads samples on the left, so that answers end together and logits are needed for the last positions only."""
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return model inputs; ``labels`` [B, K] belong to the last K positions, ``logits_to_keep`` = K."""
+        encoded = [item["encoded"] for item in items]
+        batch = collate(encoded, pad_token_id=self.pad_token_id)
+        longest = max(len(sample.input_ids) - sample.n_prompt for sample in encoded)
+        keep = longest + 1  # the position before the first answer token predicts it
+        inputs = {
+            "attention_mask": batch["attention_mask"],
+            "position_ids": batch["position_ids"],
+            "labels": batch["labels"][:, -keep:],
+            "logits_to_keep": keep,
+        }
+        if items[0]["hidden"] is None:
+            inputs |= {key: batch[key] for key in ("input_ids", "pixel_values") if key in batch}
+        else:
+            inputs["inputs_embeds"] = pad_left([item["hidden"] for item in items])
+        return inputs
+
+
+def pad_left(rows: Sequence[Tensor]) -> Tensor:
+    """Return [B, longest, ...] from rows of different lengths, zeros on the left."""
+    return pad_sequence(list(rows), batch_first=True, padding_side="left")
+
+
+def cached_states(
+    prefix: FrozenPrefix,
+    samples: Sequence[Encoded],
+    *,
+    backbone_sha256: str,
+    batch_size: int,
+    device: torch.device,
+    folder: Path | None,
+    progress: Callable[[], None] | None = None,
+) -> PrefixStates:
+    """Return the prefix states of ``samples``, from ``folder`` if they were computed before.
+
+    An entry's name is the hash of everything its values depend on, so a stale entry cannot be read.
+    """
+    path = None if folder is None else folder / f"{prefix.key(backbone_sha256, samples, batch_size)}.safetensors"
+    if path is not None and path.is_file():
+        return _read(path, device)
+    states = prefix.compute(samples, batch_size, device)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial:
+            save_file({"hidden": states.hidden.cpu(), "offsets": torch.tensor(states.offsets)}, partial)
+    if progress is not None:
+        progress()
+    return states
+
+
+def _read(path: Path, device: torch.device) -> PrefixStates:
+    with safe_open(path, framework="pt", device=str(device)) as stored:
+        hidden, offsets = stored.get_tensor("hidden"), stored.get_tensor("offsets")
+    return PrefixStates(hidden, tuple(offsets.tolist()))
