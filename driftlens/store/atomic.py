@@ -125,15 +125,16 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True, needed:
     target, partial = Path(path), partial_path(path)
     with storage_errors(target, needed):
         _prepare(target, partial, overwrite=overwrite, needed=needed)
-        try:
+    try:
+        with storage_errors(target, needed):  # inside, because the message tells the size of the partial
             yield partial
             fsync_path(partial)
-            os.replace(partial, target)  # noqa: PTH105 - the one call that POSIX and Windows both make atomic
+            partial.replace(target)
             fsync_path(target.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

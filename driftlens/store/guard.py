@@ -135,12 +135,9 @@ class GuardedFile:
     def _check_link(self, group: h5py.Group, name: str) -> None:
         # The link itself is examined; h5py's own test for membership would follow it into another file.
         where = f"{group.name.rstrip('/')}/{name}"
-        try:
-            link = group.id.links.get_info(name.encode()).type
-        except KeyError:
-            raise FormatError(
-                f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}"
-            ) from None
+        if not group.id.links.exists(name.encode()):
+            raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
+        link = group.id.links.get_info(name.encode()).type
         if link != h5py.h5l.TYPE_HARD:
             kind = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}.get(link, "a link")
             raise FormatError(
@@ -164,8 +161,8 @@ class GuardedFile:
         if not isinstance(dataset, h5py.Dataset):
             raise self.refuse(key, "is not a dataset", "a dataset")
         with self.reading(key):
-            self._check_layout(key, dataset)
             self._check_type(key, dataset, dtypes)
+            self._check_layout(key, dataset)
             self._check_shape(key, dataset, shape)
         return LazyArray(self, key, dataset)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from driftlens.errors import FormatError, SiteError, StorageError, UnknownNameError
-from driftlens.store.atomic import atomic_file
+from driftlens.store.atomic import atomic_file, storage_errors
 from driftlens.store.blocks import TokenBlock, block_length, column_blocks, value_blocks
 from driftlens.store.encoding import FILE_FORMAT, attach, create_scale, create_text, is_finite, set_attr, write
 from driftlens.store.lock import RunLock
@@ -35,6 +35,7 @@ from driftlens.store.schema import (
     value_shapes,
     weights_name,
 )
+from driftlens.store.sink import Sink
 from driftlens.store.verify import verify_recording
 
 __all__ = ["RecordingWriter"]
@@ -117,10 +118,11 @@ class RecordingWriter:
             stack.enter_context(RunLock(self.path, file=True))
             needed = None if self.n_tokens is None else estimate_bytes(self.sites, self.n_tokens, len(self.probes))
             self._partial = stack.enter_context(atomic_file(self.path, overwrite=self.overwrite, needed=needed))
-            # Mode "x" cannot truncate anything, whatever goes wrong before.
-            self._h5 = h5py.File(self._partial, "x", libver=FILE_FORMAT)
-            stack.callback(self._abandon)
+            self._sink = stack.enter_context(Sink(self._partial))
+            self._h5 = h5py.File(self._sink, "w", libver=FILE_FORMAT)
+            stack.callback(self._close_h5)
             self._start(self._h5)
+            self._check_disk()
             self._stack = stack.pop_all()
         return self
 
@@ -133,12 +135,15 @@ class RecordingWriter:
         with self._stack:
             self._finish()
 
-    def _abandon(self) -> None:
+    def _close_h5(self) -> None:
         if self._h5 is not None:
-            # On a full disk the last flush fails again; the partial is removed either way.
-            with contextlib.suppress(OSError, RuntimeError):
-                self._h5.close()
+            self._h5.close()
             self._h5 = None
+
+    def _check_disk(self) -> None:
+        if self._sink.error is not None:
+            with storage_errors(self.path):
+                raise self._sink.error
 
     @property
     def _file(self) -> h5py.File:
@@ -227,6 +232,7 @@ class RecordingWriter:
             for name, block in blocks.items():
                 block.append(given[name])
         self._last_probe, self._count = number, self._count + n
+        self._check_disk()
 
     def _probe_number(self, probe: str) -> int:
         if probe not in self.sample_ids:
@@ -265,8 +271,8 @@ class RecordingWriter:
         wrong = np.asarray(np.abs(np.sum(given["gate"], axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE)
         if wrong.any():
             raise SiteError(
-                f"{int(wrong.sum())} of {wrong.size} gate rows do not sum to 1 on probe {probe!r}, first at site "
-                f"{self._site_name(group, np.asarray(wrong.any(axis=1)))!r}. Record the weights that the layer really uses."
+                f"{int(wrong.sum())} of {wrong.size} gate rows do not sum to 1 on probe {probe!r}, first at "
+                f"site {self._site_name(group, np.asarray(wrong.any(axis=1)))!r}. Record the weights really used."
             )
 
     def _check_arrays(
@@ -342,6 +348,7 @@ class RecordingWriter:
         for name, array in given.items():
             dataset = write(group, name, array, dtype="<f4", chunks=(1, *array.shape[1:]))
             attach(dataset, axes[name], scales)
+        self._check_disk()
 
     def set_grams(self, grams: Grams) -> None:
         """Store Gram matrices with earlier checkpoints, for a recording without weights.
@@ -375,8 +382,9 @@ class RecordingWriter:
             self._write_grams(h5.create_group("grams"), self._grams)
         for key in sorted(self._meta):
             set_attr(h5, key, self._meta[key])
-        h5.close()
-        self._h5 = None
+        self._close_h5()
+        self._sink.close()
+        self._check_disk()
         problems = verify_recording(self._partial)
         if problems:
             raise FormatError(
