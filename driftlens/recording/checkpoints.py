@@ -127,8 +127,10 @@ def _check_keys(folder: Path, model: PeftModel) -> None:
     # PEFT only warns when weights are missing; what it leaves at their random start must not be recorded.
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as stored:
         found = set(stored.keys())
-    expected = set(get_peft_model_state_dict(model))
-    missing, unknown = sorted(expected - found), sorted(found - expected)
+    # without this argument PEFT would look on the hub whether the vocabulary was resized
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    prefix = str(model.base_model.prefix)
+    missing, unknown = sorted(expected - found), sorted(k for k in found - expected if prefix in k)
     if missing or unknown:
         named = (("missing", missing), ("unknown", unknown))
         parts = [f"{len(keys)} {what} (for example {keys[0]})" for what, keys in named if keys]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from driftlens.errors import SiteError
-from driftlens.recording.accumulators import batch_sums
+from driftlens.recording.accumulators import STATISTICS, batch_sums
 from driftlens.recording.hooks import HookPoint
 from driftlens.recording.sites import Site, output_roots
 from driftlens.store.schema import GATE_SUM_TOLERANCE, group_sites
 
 __all__ = ["GroupBatch", "Observer"]
+
+_ROWS = ("gate", "pathway", "expert_norm", "base_norm")
 
 
 @dataclass(frozen=True)
@@ -116,28 +118,32 @@ class Observer:
             arrays.append((name, flat[start : start + size].reshape(shape)))
             start += size
         per_group = len(arrays) // len(self.groups)
-        batches = []
-        for number, group in enumerate(self.groups):
-            named = dict(arrays[number * per_group : (number + 1) * per_group])
-            self._check(group, named)
-            rows = ("gate", "pathway", "expert_norm", "base_norm")
-            sums = {name: value for name, value in named.items() if name not in (*rows, "gate_error")}
-            batches.append(GroupBatch({name: named[name] for name in rows}, sums))
-        return batches
+        named = [dict(arrays[i * per_group : (i + 1) * per_group]) for i in range(len(self.groups))]
+        self._check_finite(named)
+        self._check_gates(named)
+        return [GroupBatch({n: g[n] for n in _ROWS}, {n: g[n] for n in STATISTICS}) for g in named]
 
-    def _check(self, group: Sequence[int], named: dict[str, NDArray[np.float32]]) -> None:
-        for name, value in named.items():
-            finite = np.isfinite(value).reshape(len(group), -1).all(1)
-            if not finite.all():
-                site = self.sites[group[int(np.argmin(finite))]].info.name
-                raise SiteError(
-                    f"Site {site} gave values that are not finite ({name}). The checkpoint or its precision is "
-                    "broken there: check the training log, or record in float32."
-                )
-        for row, index in enumerate(group):
-            error = float(named["gate_error"][row])
+    def _check_finite(self, named: Sequence[Mapping[str, NDArray[np.float32]]]) -> None:
+        broken: list[tuple[int, str]] = []
+        for group, arrays in zip(self.groups, named, strict=True):
+            for name, value in arrays.items():
+                finite = np.isfinite(value).reshape(len(group), -1).all(1)
+                broken += [(group[row], name) for row in np.flatnonzero(~finite)]
+        if broken:
+            # Later sites only inherit what the first one broke.
+            first = min(index for index, _ in broken)
+            names = ", ".join(name for index, name in broken if index == first)
+            raise SiteError(
+                f"Site {self.sites[first].info.name} gave values that are not finite ({names}). The checkpoint or its "
+                "precision is broken there: check the training log, or record in float32."
+            )
+
+    def _check_gates(self, named: Sequence[Mapping[str, NDArray[np.float32]]]) -> None:
+        for group, arrays in zip(self.groups, named, strict=True):
+            row = int(np.argmax(arrays["gate_error"]))
+            error = float(arrays["gate_error"][row])
             if error > GATE_SUM_TOLERANCE:
                 raise SiteError(
-                    f"Gate rows of site {self.sites[index].info.name} do not sum to 1 (off by up to {error:.3g}). "
+                    f"Gate rows of site {self.sites[group[row]].info.name} do not sum to 1 (off by up to {error:.3g}). "
                     "What the site family reads are not the weights that the layer uses."
                 )

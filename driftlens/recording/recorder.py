@@ -25,10 +25,10 @@ from driftlens.recording.hooks import Hooks
 from driftlens.recording.observer import Observer
 from driftlens.recording.overhead import overhead_percent, paired_ratios
 from driftlens.recording.probes import ProbeSet
-from driftlens.recording.sites import Site, find_sites
+from driftlens.recording.sites import Site, base_module, find_sites
 from driftlens.store import RecordingWriter
 
-__all__ = ["Progress", "RecordingSummary", "base_module", "inference", "record", "recording_settings"]
+__all__ = ["Progress", "RecordingSummary", "inference", "record", "recording_settings"]
 
 _LIBRARIES = ("torch", "transformers", "peft", "h5py", "numpy")
 
@@ -196,13 +196,6 @@ def recording_settings(
         "batch_size": batch_size,
         "padding_side": padding_side,
     }
-
-
-def base_module(model: nn.Module) -> nn.Module:
-    """Return the module inside a PEFT wrapper, whose call is one forward (PEFT itself calls past its hooks)."""
-    inner = getattr(model, "get_base_model", None)
-    module: nn.Module = inner() if callable(inner) else model
-    return module
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from driftlens.recording.checkpoints import (
 )
 from driftlens.recording.probe_files import load_probes
 from driftlens.recording.probes import ProbeSet
-from driftlens.recording.recorder import Progress, RecordingSummary, base_module, inference, record, recording_settings
-from driftlens.recording.sites import find_sites
+from driftlens.recording.recorder import Progress, RecordingSummary, inference, record, recording_settings
+from driftlens.recording.sites import base_module, find_sites
 from driftlens.store import RunLock, open_recording, verify_recording
 from driftlens.store.manifest import Manifest, sha256_file
 from driftlens.streams import load_stream

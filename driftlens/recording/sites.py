@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "SiteFamily",
     "SiteWeights",
+    "base_module",
     "find_sites",
     "layer_index",
     "output_roots",
@@ -80,6 +81,13 @@ SITE_FAMILIES: Registry[SiteFamily] = Registry("site family", "driftlens.site_fa
 """Site families by name; third parties add theirs through the entry-point group ``driftlens.site_families``."""
 
 
+def base_module(model: nn.Module) -> nn.Module:
+    """Return the module inside a PEFT wrapper, whose call is one forward (PEFT itself calls past its hooks)."""
+    inner = getattr(model, "get_base_model", None)
+    module: nn.Module = inner() if callable(inner) else model
+    return module
+
+
 def find_sites(model: nn.Module, families: Sequence[str] | None = None) -> list[Site]:
     """Return all observable sites of ``model``.
 
@@ -95,7 +103,7 @@ def find_sites(model: nn.Module, families: Sequence[str] | None = None) -> list[
     sites = [site for name in names for site in SITE_FAMILIES.get(name).find(model)]
     if not sites:
         raise SiteError(
-            f"{type(model).__name__} has no site where routing could be observed "
+            f"{type(base_module(model)).__name__} has no site where routing could be observed "
             f"(looked for: {', '.join(names)}). Record a model with a MoE-LoRA adapter that is switched on, "
             "or register a site family for this kind of module."
         )
