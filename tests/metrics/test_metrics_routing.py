@@ -150,6 +150,16 @@ def test_top1_switch_by_hand() -> None:
     assert result.chance == pytest.approx(1 - (0.75 * 0.5 + 0.25 * 0.5))
 
 
+def test_absence_has_its_own_slot_in_the_chance_of_a_switch() -> None:
+    # anchor: absent, absent, expert 0, expert 1; current: absent, expert 0, expert 0, expert 0
+    g0 = np.array([[0.0, 0.0], [0.0, 0.0], [0.9, 0.1], [0.1, 0.9]])
+    g1 = np.array([[0.0, 0.0], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
+    result = m.top1_switch(g0, g1)
+    assert result.switched == 0.5
+    assert result.chance == pytest.approx(1 - (0.5 * 0.25 + 0.25 * 0.75))
+    assert result.ties == 0.0
+
+
 def test_top1_chance_is_the_rate_of_independent_routers() -> None:
     g0, g1 = gates(13, 40_000, 4), gates(14, 40_000, 4, concentration=2.0)
     result = m.top1_switch(g0, g1)
@@ -170,7 +180,10 @@ def test_topk_overlap_against_sets_and_chance() -> None:
 
 
 def test_topk_ties_go_to_the_lower_index() -> None:
-    np.testing.assert_array_equal(m.topk_mask([[0.25, 0.25, 0.25, 0.25]], 2), [[True, True, False, False]])
+    gate = np.random.default_rng(0).integers(1, 4, (50, 64)).astype(float)  # many ties: unstable sorts mix them
+    for row, mask in zip(gate, m.topk_mask(gate, 5), strict=True):
+        expected = sorted(range(64), key=lambda e: (-row[e], e))[:5]
+        assert np.flatnonzero(mask).tolist() == sorted(expected)
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -68,6 +68,12 @@ def test_random_subspaces_overlap_by_chance() -> None:
     assert pair.adjusted().mean() == pytest.approx(0.0, abs=0.005)
 
 
+def test_chance_with_unequal_ranks_follows_the_larger_one() -> None:
+    pair = m.pair_from_factors(normal(21, 400, 2, 40), normal(22, 400, 10, 40))
+    np.testing.assert_allclose(pair.chance(), 10 / 40)
+    assert pair.overlap().mean() == pytest.approx(10 / 40, abs=0.02)
+
+
 def test_overlap_matches_projectors_of_a_loop() -> None:
     A0, A1 = normal(5, 4, 3, 12), normal(6, 4, 5, 12)
     value = m.subspace_overlap(A0, A1)
