@@ -158,6 +158,7 @@ def _load_builtin(cache_dir: Path | None) -> Backbone:
 
 
 def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
+    register_tower()  # a saved copy of the built-in model is a local folder like any other
     try:
         config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
