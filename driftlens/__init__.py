@@ -1,3 +1,45 @@
-"""DriftLens: where and why a continually trained mixture-of-experts LoRA model forgets."""
+"""DriftLens: where and why a continually trained mixture-of-experts LoRA model forgets.
+
+``import driftlens as dl`` loads nothing else; every name is loaded on first use, so that looking at recorded runs
+never waits for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from driftlens import figures
+    from driftlens.analysis import Run, compare
+    from driftlens.analysis import open_run as open  # noqa: A004 - `dl.open(path)` is the documented name
+    from driftlens.recording import record
+    from driftlens.store import Recording, open_recording
 
 __version__ = "0.1.0"
+
+__all__ = ["Recording", "Run", "__version__", "compare", "figures", "open", "open_recording", "record"]
+
+_HOMES = {
+    "Recording": ("driftlens.store", "Recording"),
+    "Run": ("driftlens.analysis", "Run"),
+    "compare": ("driftlens.analysis", "compare"),
+    "open": ("driftlens.analysis", "open_run"),
+    "open_recording": ("driftlens.store", "open_recording"),
+    "record": ("driftlens.recording", "record"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":
+        return importlib.import_module("driftlens.figures")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'driftlens' has no attribute {name!r}")
+    home, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(home), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,75 @@
+"""Runs as labelled tables: opening, aligning, measuring, comparing and thinning them.
+
+Names are loaded on first use, so that listing a folder of runs does not wait for xarray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from driftlens.analysis.comparison import compare
+    from driftlens.analysis.families import FAMILIES, REASONS, Composed, Family, Statistics
+    from driftlens.analysis.frames import metric_names, summarise, table
+    from driftlens.analysis.inputs import token_table_hash
+    from driftlens.analysis.listing import RunEntry, list_runs
+    from driftlens.analysis.pairs import Pair, PairGrams, Pass
+    from driftlens.analysis.run import Checkpoint, Run, open_run
+    from driftlens.analysis.thin import thin_run
+
+__all__ = [
+    "FAMILIES",
+    "REASONS",
+    "Checkpoint",
+    "Composed",
+    "Family",
+    "Pair",
+    "PairGrams",
+    "Pass",
+    "Run",
+    "RunEntry",
+    "Statistics",
+    "compare",
+    "list_runs",
+    "metric_names",
+    "open_run",
+    "summarise",
+    "table",
+    "thin_run",
+    "token_table_hash",
+]
+
+_HOMES = {
+    "compare": "comparison",
+    "FAMILIES": "families",
+    "REASONS": "families",
+    "Composed": "families",
+    "Family": "families",
+    "Statistics": "families",
+    "metric_names": "frames",
+    "summarise": "frames",
+    "table": "frames",
+    "token_table_hash": "inputs",
+    "RunEntry": "listing",
+    "list_runs": "listing",
+    "Pair": "pairs",
+    "PairGrams": "pairs",
+    "Pass": "pairs",
+    "Checkpoint": "run",
+    "Run": "run",
+    "open_run": "run",
+    "thin_run": "thin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,338 @@
+"""Which numbers the drift tables hold, and how each follows from averages over samples.
+
+Every measure of metrics.md sections 1 and 3 is a function of a few *statistics* averaged over the samples of a probe:
+an average itself, a ratio of two, or a divergence of two. A `Family` computes its statistics by sample once; the
+measures are then evaluated on the observed averages and on those of every bootstrap draw.
+
+A third party adds measures by registering one more family in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driftlens.analysis.pairs import Pair
+from driftlens.metrics import (
+    CoDriftTokens,
+    Reason,
+    codrift_from_grams,
+    js_divergence,
+    mass_moved_tokens,
+    responsibility_tokens,
+    sample_means,
+    topk_mask,
+)
+from driftlens.metrics.arrays import FloatArray, as_float, divide, normalise
+from driftlens.registry import Registry
+
+__all__ = ["FAMILIES", "REASONS", "Composed", "Family", "Means", "Statistics"]
+
+Means = Mapping[str, FloatArray]
+
+REASONS: Final[dict[int, str]] = {int(reason): reason.text for reason in Reason}
+"""Text of every code in a ``NAME_reason`` variable."""
+
+
+class Statistics(NamedTuple):
+    """What a family takes from a pair.
+
+    Attributes:
+        by_sample: arrays [S, m], or [S, E, m] for gates; NaN marks a sample that has no value.
+        facts: arrays [S] that describe the pair and are not averaged.
+    """
+
+    by_sample: dict[str, FloatArray]
+    facts: dict[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Measures evaluated on averages: arrays [...] by name of the measure.
+
+    Attributes:
+        values: the measures.
+        chance: chance levels of those that have one.
+        reasons: uint8 codes of `Reason` of those that can be undefined.
+    """
+
+    values: dict[str, FloatArray]
+    chance: dict[str, FloatArray] = field(default_factory=dict)
+    reasons: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Measures that share their statistics.
+
+    Attributes:
+        name: name in the registry.
+        table: the table of `Run` that shows them: ``"drift"`` (routing) or ``"codrift"``.
+        measures: names, as in metrics.md.
+        statistics: takes a pair, returns its statistics by sample.
+        compose: takes averages of the statistics, [..., S] or [..., S, E], and the facts [S]; returns the measures.
+        floorless: measures without a noise floor: ratios of parts, and states of one checkpoint.
+    """
+
+    name: str
+    table: str
+    measures: tuple[str, ...]
+    statistics: Callable[[Pair], Statistics]
+    compose: Callable[[Means], Composed]
+    floorless: frozenset[str] = frozenset()
+
+
+FAMILIES: Registry[Family] = Registry("family of measures", "driftlens.families")
+"""All families of measures, by name; see `Family`."""
+
+
+def _codes(like: FloatArray, *cases: tuple[NDArray[np.bool_], Reason]) -> NDArray[np.uint8]:
+    """Return the code of the first case that holds, else DEFINED; a NaN without a case is a broken recording."""
+    codes = np.where(np.isnan(like), np.uint8(Reason.NOT_FINITE), np.uint8(Reason.DEFINED))
+    for condition, reason in reversed(cases):
+        codes = np.where(condition, np.uint8(reason), codes)
+    return codes.astype(np.uint8)
+
+
+# --- section 1: routing --------------------------------------------------------------------------------------------
+
+
+def _partners(tokens: int, seed: int = 0) -> NDArray[np.intp]:
+    """Give every token one other token, along a seeded cycle through all of them (as `metrics.relative_js`)."""
+    cycle = np.random.default_rng(seed).permutation(tokens)
+    partner = np.empty_like(cycle)
+    partner[cycle] = np.roll(cycle, 1)
+    return partner
+
+
+def _one_hot(gate: FloatArray) -> FloatArray:
+    """Mark the strongest expert, ties to the lower index; slot 0 is "the site does not exist"."""
+    best = np.where(gate.sum(axis=-1) == 0, -1, gate.argmax(axis=-1))
+    marked: FloatArray = (best[..., None] == np.arange(-1, gate.shape[-1])).astype(np.float64)
+    return marked
+
+
+def _overlap(gate0: FloatArray, gate1: FloatArray, top_k: NDArray[np.integer]) -> FloatArray:
+    result = np.empty(gate0.shape[:-1])
+    for k in np.unique(top_k):
+        sites = top_k == k
+        common = topk_mask(gate0[sites], int(k)) & topk_mask(gate1[sites], int(k))
+        result[sites] = common.sum(axis=-1) / k
+    return result
+
+
+def _routing_statistics(pair: Pair) -> Statistics:
+    gate0, gate1 = normalise(as_float(pair.anchor.gate)), normalise(as_float(pair.current.gate))
+    js = js_divergence(gate0, gate1)
+    hot0, hot1 = _one_hot(gate0), _one_hot(gate1)
+    mean0, mean1 = (sample_means(gate, pair.sample, axis=-2) for gate in (gate0, gate1))
+    tokens = {
+        "js": js,
+        "js_distance": np.sqrt(js),
+        "mass": mass_moved_tokens(gate0, gate1),
+        "switched": (hot0 != hot1).any(axis=-1).astype(np.float64),
+        "overlap": _overlap(gate0, gate1, pair.top_k),
+        "spread": js_divergence(gate0, gate0[:, _partners(gate0.shape[1])]),
+    }
+    by_sample = {name: sample_means(values, pair.sample) for name, values in tokens.items()} | {
+        "sample_js": js_divergence(mean0, mean1, base=math.e),
+        "gate0": np.moveaxis(mean0, -1, -2),
+        "gate1": np.moveaxis(mean1, -1, -2),
+        "top0": np.moveaxis(sample_means(hot0, pair.sample, axis=-2), -1, -2),
+        "top1": np.moveaxis(sample_means(hot1, pair.sample, axis=-2), -1, -2),
+    }
+    return Statistics(by_sample, {"floor": pair.spread_floor, "overlap_chance": pair.top_k / gate0.shape[-1]})
+
+
+def _routing(means: Means) -> Composed:
+    alike = means["spread"] <= means["floor"]
+    values = {
+        "router_js": means["js"],
+        "router_js_distance": means["js_distance"],
+        "marginal_js": js_divergence(means["gate0"], means["gate1"]),
+        "sample_js": means["sample_js"],
+        "mass_moved": means["mass"],
+        "top1_switch": means["switched"],
+        "topk_overlap": means["overlap"],
+        "relative_js": divide(means["js"], np.where(alike, 0.0, means["spread"])),
+    }
+    chance = {
+        "top1_switch": 1.0 - (means["top0"] * means["top1"]).sum(axis=-1),
+        "topk_overlap": np.broadcast_to(means["overlap_chance"], means["overlap"].shape),
+        "relative_js": np.ones_like(means["js"]),
+    }
+    return Composed(values, chance, {"relative_js": _codes(means["js"], (alike, Reason.BELOW_NOISE_FLOOR))})
+
+
+# --- section 3a: co-drift ------------------------------------------------------------------------------------------
+
+_INNER_PRODUCTS: Final = ("rr", "ee", "re", "u00_sq", "u11_sq")
+_CODRIFT: Final = {
+    "codrift_divergence": "total",
+    "codrift_router": "router",
+    "codrift_experts": "experts",
+    "codrift_cross": "cross",
+    "coupling": "coupling",
+    "codrift_share": "share",
+}
+
+
+def _codrift_statistics(pair: Pair) -> Statistics:
+    base = sample_means(as_float(pair.current.base_norm) ** 2, pair.sample)
+    if pair.grams is None or pair.anchor.pathway is None or pair.current.pathway is None:
+        unknown = np.full_like(base, np.nan)
+        return Statistics({"base": base} | dict.fromkeys(_INNER_PRODUCTS, unknown), {"measured": np.zeros(len(base))})
+    tokens = codrift_from_grams(
+        pair.anchor.gate, pair.current.gate, pair.anchor.pathway, pair.current.pathway, *pair.grams
+    ).per_sample(pair.sample)
+    parts = {name: getattr(tokens, name) for name in _INNER_PRODUCTS}
+    return Statistics(parts | {"base": base}, {"measured": np.ones(len(base))})
+
+
+def _codrift(means: Means) -> Composed:
+    # An average is a stack of one token: the same code that makes Phi from tokens makes it from averages.
+    tokens = CoDriftTokens(*(means[name][..., None] for name in _INNER_PRODUCTS))
+    phi, impact = tokens.reduce(), tokens.impact(means["base"][..., None])
+    values = {name: getattr(phi, field) for name, field in _CODRIFT.items()}
+    values |= {
+        "impact": impact.total,
+        "impact_router": impact.router,
+        "impact_experts": impact.experts,
+        "impact_cross": impact.cross,
+    }
+    measured = np.broadcast_to(means["measured"] == 1, phi.reason.shape)
+    reasons = dict.fromkeys(_CODRIFT, phi.reason)
+    reasons["coupling"] = phi.coupling_reason
+    still = (phi.reason == Reason.DEFINED) & np.isnan(phi.share)
+    reasons["codrift_share"] = np.where(still, np.uint8(Reason.NOTHING_MOVED), phi.reason)
+    no_base = _codes(impact.total, (means["base"] == 0, Reason.NOT_MEASURED))
+    reasons |= dict.fromkeys(("impact", "impact_router", "impact_experts", "impact_cross"), no_base)
+    reasons = {name: np.where(measured, code, np.uint8(Reason.NOT_MEASURED)) for name, code in reasons.items()}
+    # Two unrelated functions of equal strength have Phi = 1/2.
+    return Composed(values, {"codrift_divergence": np.full_like(phi.total, 0.5)}, reasons)
+
+
+# --- section 3b: responsibility ------------------------------------------------------------------------------------
+
+_RESPONSIBILITY: Final = (
+    "responsibility_divergence",
+    "responsibility_router",
+    "responsibility_experts",
+    "responsibility_router_alone",
+    "responsibility_experts_alone",
+    "responsibility_synergy",
+    "retained",
+)
+_ALIGNMENT: Final = ("alignment", "alignment_energy", "alignment_loss")
+
+
+def _alignment(gate: FloatArray, strength: FloatArray, sample: NDArray[np.integer]) -> FloatArray:
+    share = divide(strength, strength.sum(axis=-1, keepdims=True))
+    return 1.0 - sample_means(js_divergence(gate, share), sample, skip_undefined=True)
+
+
+def _responsibility_statistics(pair: Pair) -> Statistics:
+    norm0, norm1 = as_float(pair.anchor.expert_norm), as_float(pair.current.expert_norm)
+    gate0, gate1 = as_float(pair.anchor.gate), as_float(pair.current.gate)
+    tokens = responsibility_tokens(gate0, gate1, norm0, norm1)
+    # As in `ResponsibilityTokens.reduce`: D over the tokens that have all four shares, so that the parts sum to it.
+    whole = np.where(np.isnan(tokens.router), np.nan, tokens.total)
+    by_token = {
+        "total": tokens.total,
+        "router": tokens.router,
+        "experts": tokens.experts,
+        "retained": tokens.retained,
+        "whole": whole,
+    }
+    result = {name: sample_means(values, pair.sample, skip_undefined=True) for name, values in by_token.items()}
+    result |= {
+        "align0": _alignment(gate0, norm0, pair.sample),
+        "align1": _alignment(gate1, norm1, pair.sample),
+    }
+    if pair.current.pathway is None:
+        result["energy1"] = np.full_like(result["align1"], np.nan)
+    else:
+        energy = (as_float(pair.current.pathway) ** 2).mean(axis=-1)
+        result["energy1"] = _alignment(gate1, energy, pair.sample)
+    return Statistics(result, {"reason": tokens.reason.astype(np.float64)})
+
+
+def _responsibility(means: Means) -> Composed:
+    router, experts, whole = means["router"], means["experts"], means["whole"]
+    values = {
+        "responsibility_divergence": means["total"],
+        "responsibility_router": (router + whole - experts) / 2,
+        "responsibility_experts": (experts + whole - router) / 2,
+        "responsibility_router_alone": router,
+        "responsibility_experts_alone": experts,
+        "responsibility_synergy": whole - router - experts,
+        "retained": means["retained"],
+        "alignment": means["align1"],
+        "alignment_energy": means["energy1"],
+        "alignment_loss": means["align0"] - means["align1"],
+    }
+    given = np.broadcast_to(means["reason"].astype(np.uint8), means["total"].shape)
+    reasons = {
+        name: np.where(np.isnan(values[name]) & (given == Reason.DEFINED), np.uint8(Reason.NO_OUTPUT), given)
+        for name in _RESPONSIBILITY
+    }
+    silent = np.isnan(means["align1"])
+    reasons["alignment"] = _codes(values["alignment"], (silent, Reason.NO_OUTPUT_CURRENT))
+    reasons["alignment_energy"] = _codes(
+        values["alignment_energy"], (np.isnan(values["alignment_energy"]), Reason.NOT_MEASURED)
+    )
+    reasons["alignment_loss"] = _codes(
+        values["alignment_loss"],
+        (silent & np.isnan(means["align0"]), Reason.NO_OUTPUT),
+        (silent, Reason.NO_OUTPUT_CURRENT),
+        (np.isnan(means["align0"]), Reason.NO_OUTPUT_ANCHOR),
+    )
+    return Composed(values, {}, reasons)
+
+
+FAMILIES.register(
+    "routing",
+    Family(
+        "routing",
+        "drift",
+        (
+            "router_js",
+            "router_js_distance",
+            "marginal_js",
+            "sample_js",
+            "mass_moved",
+            "top1_switch",
+            "topk_overlap",
+            "relative_js",
+        ),
+        _routing_statistics,
+        _routing,
+    ),
+)
+FAMILIES.register(
+    "codrift",
+    Family(
+        "codrift",
+        "codrift",
+        (*_CODRIFT, "impact", "impact_router", "impact_experts", "impact_cross"),
+        _codrift_statistics,
+        _codrift,
+        floorless=frozenset({"coupling", "codrift_share"}),
+    ),
+)
+FAMILIES.register(
+    "responsibility",
+    Family(
+        "responsibility",
+        "codrift",
+        (*_RESPONSIBILITY, *_ALIGNMENT),
+        _responsibility_statistics,
+        _responsibility,
+        floorless=frozenset({"alignment", "alignment_energy"}),
+    ),
+)
