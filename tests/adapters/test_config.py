@@ -80,7 +80,9 @@ def test_all_faults_are_shown_together():
 
 def test_the_saved_file_does_not_depend_on_the_order_of_names(tmp_path):
     for folder, names in (("a", ["up_proj", "down_proj"]), ("b", {"down_proj", "up_proj"})):
-        MoELoraConfig(target_modules=names, exclude_modules=("x", "b")).save_pretrained(tmp_path / folder)
+        config = MoELoraConfig(target_modules=names, exclude_modules=("x", "b"))
+        assert config.target_modules == ["down_proj", "up_proj"]
+        config.save_pretrained(tmp_path / folder)
     first, second = ((tmp_path / f / "adapter_config.json").read_bytes() for f in "ab")
     assert first == second
     assert json.loads(first)["target_modules"] == ["down_proj", "up_proj"]

@@ -226,6 +226,9 @@ def test_default_and_all_linear_targets_work():
     assert {name.rsplit(".", 1)[-1] for name, _ in iter_sites(default)} == {"q_proj", "v_proj"}
     every = get_peft_model(make_llama(), config(target_modules="all-linear"))
     assert len(list(iter_sites(every))) == 3 * 7
+    saved = every.peft_config["default"].to_dict()["target_modules"]
+    assert saved == sorted(saved)
+    assert isinstance(saved, list)
 
 
 def test_site_names_carry_no_wrapper():
