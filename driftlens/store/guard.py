@@ -21,8 +21,8 @@ from driftlens.store.schema import MAX_CHUNK_BYTES, MAX_COMPRESSION_RATIO, MAX_D
 __all__ = ["GuardedFile", "LazyArray"]
 
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
-_FLETCHER32: Final = 3
-_ALLOWED_FILTERS: Final = frozenset({_FLETCHER32, hdf5plugin.Bitshuffle.filter_id})
+_FILTERS: Final = [hdf5plugin.Bitshuffle.filter_id, 3]  # bitshuffle+lz4, then fletcher32 over what is stored
+_LZ4: Final = 2
 _MAX_ATTRS: Final = 4096
 _MAX_ATTR_BYTES: Final = 1 << 20
 _ADVICE: Final = "Run `driftlens verify`, then restore the file from a copy or record it again."
@@ -176,9 +176,16 @@ class GuardedFile:
             )
         if plist.get_layout() != h5py.h5d.CHUNKED:
             raise self.refuse(key, "is not stored in chunks", "chunks with a checksum")
-        filters = {plist.get_filter(index)[0] for index in range(plist.get_nfilters())}
-        if not filters <= _ALLOWED_FILTERS or _FLETCHER32 not in filters:
-            raise self.refuse(key, f"has the HDF5 filters {sorted(filters)}", f"{sorted(_ALLOWED_FILTERS)}")
+        filters = [plist.get_filter(index) for index in range(plist.get_nfilters())]
+        numbers = [item[0] for item in filters]
+        if numbers != _FILTERS:
+            raise self.refuse(key, f"has the HDF5 filters {numbers}", f"{_FILTERS} (bitshuffle, fletcher32)")
+        # The filter's C code divides by the item size and trusts the block size that the file names.
+        parameters = filters[0][2][2:]
+        if parameters != (dataset.dtype.itemsize, 0, _LZ4):
+            raise self.refuse(
+                key, f"has the bitshuffle parameters {parameters}", f"{(dataset.dtype.itemsize, 0, _LZ4)}"
+            )
 
     def _check_type(self, key: str, dataset: h5py.Dataset, dtypes: Sequence[str]) -> None:
         kind = dataset.id.get_type()
@@ -269,6 +276,8 @@ class LazyArray:
 def _check_superblock(path: Path) -> int:
     """Return the file's size after comparing it with what its first 48 bytes declare."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise FormatError(f"{path} is not a file. Give the path of a .h5 recording.")
         with path.open("rb") as file:
             head = file.read(48)
             size = os.fstat(file.fileno()).st_size

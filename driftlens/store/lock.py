@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -51,13 +52,16 @@ class RunLock:
                 f"Cannot create the lock {self.path}: {error.strerror or error}. "
                 "Choose an output folder that you may write to."
             ) from error
-        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}), encoding="utf-8")
+        # Who holds it is a courtesy of the message; a disk that is full here must not stop the writer.
+        with contextlib.suppress(OSError):
+            self._owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}), encoding="utf-8")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._owner.unlink(missing_ok=True)
         self._lock.release()
 
     def _describe_owner(self) -> str:

@@ -18,8 +18,10 @@ from driftlens.store.schema import SCHEMA_VERSION, Problem, check_schema_version
 __all__ = ["MANIFEST_NAME", "FileEntry", "Manifest", "leftovers", "sha256_file"]
 
 MANIFEST_NAME: Final = "manifest.json"
+UNLISTED: Final = ("analysis.h5",)
+"""Files of a run that are derived from listed ones, checked by their own keys and made again when missing."""
 _MAX_BYTES: Final = 64 << 20
-_ADVICE: Final = "Restore it from a copy, or run `driftlens repair`."
+_ADVICE: Final = "Restore it from a copy; a run that was interrupted is completed by `driftlens train --resume`."
 _RESTORE: Final = "It was changed after it was finished: restore it, or resume the run to make it again."
 _TEXT_FIELDS: Final = ("created", "config_hash", "stream_sha256", "probes_sha256")
 
@@ -80,6 +82,8 @@ class Manifest:
         folder = Path(run)
         path = folder / MANIFEST_NAME
         try:
+            if not path.is_file():
+                raise FileNotFoundError
             if path.stat().st_size > _MAX_BYTES:
                 raise FormatError(f"{path} has {path.stat().st_size:,} bytes; a manifest has at most {_MAX_BYTES:,}.")
             data = json.loads(path.read_bytes())
@@ -117,14 +121,19 @@ class Manifest:
 
     def remove(self, path: str | os.PathLike[str]) -> None:
         """Stop listing a file, or every file of a folder; the files themselves stay."""
-        target = self.run / path
-        key = target.relative_to(self.run).as_posix()
+        key = self._key(path)
         self.files = {name: e for name, e in self.files.items() if name != key and not name.startswith(key + "/")}
 
     def lists(self, path: str | os.PathLike[str]) -> bool:
         """Return whether a file, or at least one file of a folder, is listed."""
-        key = (self.run / path).relative_to(self.run).as_posix()
+        key = self._key(path)
         return key in self.files or any(name.startswith(key + "/") for name in self.files)
+
+    def _key(self, path: str | os.PathLike[str]) -> str:
+        target = self.run / path
+        if not target.is_relative_to(self.run):
+            raise FormatError(f"{target} lies outside {self.run}; a run holds its own files only.")
+        return target.relative_to(self.run).as_posix()
 
     def save(self) -> None:
         """Write the manifest atomically; StorageError if the disk refuses."""
@@ -152,12 +161,12 @@ class Manifest:
                 found.append(Problem(str(file), f"has {size:,} bytes, {entry.size:,} are listed. {_RESTORE}"))
             elif (digest := sha256_file(file)) != entry.sha256:
                 found.append(Problem(str(file), f"has SHA-256 {digest}, {entry.sha256} is listed. {_RESTORE}"))
-        left = "was left by an interrupted writer; ignored. `driftlens repair` removes it."
+        left = "was left by an interrupted writer and is ignored. Delete it when nothing writes to the run."
         found += [Problem(str(file), left) for file in leftovers(self.run)]
         listed = {self.run / name for name in self.files} | {self.path}
         for file in sorted(_walk(self.run)):
             if file not in listed and not _is_housekeeping(file.relative_to(self.run)):
-                found.append(Problem(str(file), "is not listed in the manifest; ignored. `driftlens repair` decides."))
+                found.append(Problem(str(file), "is not listed in the manifest and is ignored. Move it elsewhere."))
         return found
 
 
@@ -182,6 +191,8 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _is_housekeeping(path: Path) -> bool:
+    if path.as_posix() in UNLISTED:
+        return True
     lock = path.name.startswith(".") and path.name.endswith((".lock", ".lock.owner"))
     return lock or any(part.endswith(PARTIAL_SUFFIX) for part in path.parts)
 

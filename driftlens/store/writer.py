@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from driftlens.errors import FormatError, SiteError, StorageError, UnknownNameError
 from driftlens.store.atomic import atomic_file, storage_errors
 from driftlens.store.blocks import TokenBlock, block_length, column_blocks, value_blocks
+from driftlens.store.checks import check_columns, check_names, check_shapes, check_values, check_weights
 from driftlens.store.encoding import FILE_FORMAT, attach, create_scale, create_text, is_finite, set_attr, write
 from driftlens.store.lock import RunLock
 from driftlens.store.schema import (
-    GATE_SUM_TOLERANCE,
     SCHEMA_VERSION,
     SITE_COLUMNS,
     SITE_TEXT_COLUMNS,
@@ -32,7 +32,6 @@ from driftlens.store.schema import (
     group_name,
     group_sites,
     stats_shapes,
-    value_shapes,
     weights_name,
 )
 from driftlens.store.sink import Sink
@@ -80,7 +79,7 @@ class RecordingWriter:
         self.groups = group_sites(self.sites)
         self.sample_ids = {probe: list(sample_ids.get(probe, ())) for probe in self.probes}
         self._meta = dict(meta)
-        self._check_names(set(sample_ids))
+        check_names(self.path, self.sites, self.probes, sample_ids)
         self._stats: dict[int, dict[str, NDArray[Any]]] = {}
         self._grams: Grams | None = None
         self._weights: set[int] = set()
@@ -88,21 +87,6 @@ class RecordingWriter:
         self._count = 0
         self._stack = contextlib.ExitStack()
         self._h5: h5py.File | None = None
-
-    def _check_names(self, given: set[str]) -> None:
-        if not self.sites or not self.probes:
-            raise FormatError(f"{self.path}: a recording needs at least one site and one probe.")
-        for what, names in (("site", [site.name for site in self.sites]), ("probe", self.probes)):
-            double = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-            if double:
-                raise FormatError(f"{self.path}: the {what} name {double[0]!r} occurs twice; names must be unique.")
-        if given != set(self.probes):
-            raise FormatError(
-                f"{self.path}: sample ids are given for {sorted(given)}, the probes are {sorted(self.probes)}; "
-                "they must agree."
-            )
-        for site in self.sites:
-            site.check()
 
     def _extent(self, group: int) -> tuple[int, int, int]:
         members = self.groups[group]
@@ -120,9 +104,9 @@ class RecordingWriter:
             self._partial = stack.enter_context(atomic_file(self.path, overwrite=self.overwrite, needed=needed))
             self._sink = stack.enter_context(Sink(self._partial))
             self._h5 = h5py.File(self._sink, "w", libver=FILE_FORMAT)
-            stack.callback(self._close_h5)
-            self._start(self._h5)
-            self._check_disk()
+            stack.callback(self._abandon)
+            with self._storing():
+                self._start(self._h5)
             self._stack = stack.pop_all()
         return self
 
@@ -135,14 +119,23 @@ class RecordingWriter:
         with self._stack:
             self._finish()
 
-    def _close_h5(self) -> None:
+    def _abandon(self) -> None:
         if self._h5 is not None:
-            self._h5.close()
+            # Whatever made the writer stop is the error to report, not what it broke here.
+            with contextlib.suppress(OSError, RuntimeError):
+                self._h5.close()
             self._h5 = None
 
-    def _check_disk(self) -> None:
-        if self._sink.error is not None:
-            with storage_errors(self.path):
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Turn the first refusal of the disk, which HDF5 does not see, into StorageError."""
+        with storage_errors(self.path):
+            try:
+                yield
+            except (OSError, RuntimeError):
+                if self._sink.error is None:
+                    raise
+            if self._sink.error is not None:
                 raise self._sink.error
 
     @property
@@ -218,21 +211,21 @@ class RecordingWriter:
         arrays = {name: np.asarray(value, dtype=np.int64) for name, value in columns.items()}
         n = arrays["sample"].size
         arrays["probe_index"] = np.full(n, number, dtype=np.int64)
-        self._check_columns(probe, n, arrays)
+        check_columns(self.path, probe, n, arrays, len(self.sample_ids[probe]))
         if len(values) != len(self.groups):
             raise FormatError(
                 f"{self.path}: values for {len(values)} groups were appended; the sites form {len(self.groups)}."
             )
-        for group, given in enumerate(values):
-            self._check_values(group, probe, n, given)
-        for name, block in self._columns.items():
-            block.append(arrays[name])
-        self._token_scale.append(np.arange(self._count, self._count + n))
-        for blocks, given in zip(self._values, values, strict=True):
-            for name, block in blocks.items():
-                block.append(given[name])
+        for group, (members, given) in enumerate(zip(self.groups, values, strict=True)):
+            check_values(self.path, group, [self.sites[site] for site in members], probe, n, given)
+        with self._storing():
+            for name, block in self._columns.items():
+                block.append(arrays[name])
+            self._token_scale.append(np.arange(self._count, self._count + n))
+            for blocks, given in zip(self._values, values, strict=True):
+                for name, block in blocks.items():
+                    block.append(given[name])
         self._last_probe, self._count = number, self._count + n
-        self._check_disk()
 
     def _probe_number(self, probe: str) -> int:
         if probe not in self.sample_ids:
@@ -244,52 +237,6 @@ class RecordingWriter:
                 f"append probes in order: {', '.join(self.probes)}."
             )
         return number
-
-    def _check_columns(self, probe: str, n: int, arrays: Mapping[str, NDArray[np.int64]]) -> None:
-        known = len(self.sample_ids[probe])
-        limits = {name: np.iinfo(dtype).max for name, dtype in TOKEN_COLUMNS.items()} | {"sample": known - 1}
-        for name, array in arrays.items():
-            if array.shape != (n,):
-                raise FormatError(f"{self.path}: {name} has shape {list(array.shape)}, expected [{n}] like sample.")
-            if n and not (array.min() >= 0 and array.max() <= limits[name]):
-                raise FormatError(
-                    f"{self.path}: {name} of probe {probe!r} ranges from {array.min()} to {array.max()}; "
-                    f"allowed are 0 to {limits[name]}."
-                )
-
-    def _check_values(self, group: int, probe: str, n: int, given: Mapping[str, NDArray[Any]]) -> None:
-        n_sites, experts, rank = self._extent(group)
-        expected = value_shapes(n_sites, n, experts, rank)
-        self._check_arrays(group, given, expected)
-        for name in expected:
-            if not is_finite(given[name]):
-                bad = ~np.isfinite(given[name]).reshape(n_sites, -1).all(axis=1)
-                raise SiteError(
-                    f"{name} of site {self._site_name(group, bad)!r} is not finite everywhere on probe {probe!r}. "
-                    "The model overflows or is broken there; try float32 or bfloat16."
-                )
-        wrong = np.asarray(np.abs(np.sum(given["gate"], axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE)
-        if wrong.any():
-            raise SiteError(
-                f"{int(wrong.sum())} of {wrong.size} gate rows do not sum to 1 on probe {probe!r}, first at "
-                f"site {self._site_name(group, np.asarray(wrong.any(axis=1)))!r}. Record the weights really used."
-            )
-
-    def _check_arrays(
-        self, group: int, given: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        found = {name: tuple(np.shape(array)) for name, array in given.items()}
-        if found != dict(expected):
-            raise FormatError(
-                f"{self.path}: group {group} was given "
-                + ", ".join(f"{name} {list(shape)}" for name, shape in found.items())
-                + "; expected "
-                + ", ".join(f"{name} {list(shape)}" for name, shape in expected.items())
-                + "."
-            )
-
-    def _site_name(self, group: int, rows: NDArray[np.bool_]) -> str:
-        return self.sites[self.groups[group][int(np.argmax(rows))]].name
 
     def set_stats(self, group: int, stats: Mapping[str, NDArray[Any]]) -> None:
         """Give the exact sums over all tokens, by probe, of one group (see `schema.STATS`).
@@ -304,7 +251,7 @@ class RecordingWriter:
         """
         n_sites, experts, rank = self._extent(group)
         expected = stats_shapes(n_sites, len(self.probes), experts, rank)
-        self._check_arrays(group, stats, expected)
+        check_shapes(self.path, group, stats, expected)
         for name in expected:
             if not is_finite(stats[name]):
                 raise SiteError(f"The sum {name} of group {group} is not finite; accumulate in float64.")
@@ -326,29 +273,17 @@ class RecordingWriter:
             SiteError: values that are not finite.
         """
         info = self.sites[site]
-        experts, rank = info.num_experts, info.rank
-        shapes = {"A": (experts, rank, info.d_in), "B": (experts, info.d_out, rank), "router": (experts, info.d_in)}
         axes = {"A": ("expert", "rank", "d_in"), "B": ("expert", "d_out", "rank"), "router": ("expert", "d_in")}
         given = {"A": A, "B": B} if router is None else {"A": A, "B": B, "router": router}
-        for name, array in given.items():
-            if np.shape(array) != shapes[name] or site in self._weights:
-                twice = " and were already stored" if site in self._weights else ""
-                raise FormatError(
-                    f"{self.path}: {name} of site {info.name!r} has shape {list(np.shape(array))}{twice}; "
-                    f"expected {list(shapes[name])}, once."
-                )
-            if not is_finite(array):
-                raise SiteError(
-                    f"{name} of site {info.name!r} has values that are not finite. The checkpoint is broken."
-                )
+        check_weights(self.path, info, given, again=site in self._weights)
+        sizes = {"expert": info.num_experts, "rank": info.rank, "d_in": info.d_in, "d_out": info.d_out}
+        with self._storing():
+            group = self._file.require_group("weights").create_group(weights_name(site))
+            scales = {name: create_scale(group, name, np.arange(size)) for name, size in sizes.items()}
+            for name, array in given.items():
+                dataset = write(group, name, array, dtype="<f4", chunks=(1, *array.shape[1:]))
+                attach(dataset, axes[name], scales)
         self._weights.add(site)
-        group = self._file.require_group("weights").create_group(weights_name(site))
-        sizes = {"expert": experts, "rank": rank, "d_in": info.d_in, "d_out": info.d_out}
-        scales = {name: create_scale(group, name, np.arange(size)) for name, size in sizes.items()}
-        for name, array in given.items():
-            dataset = write(group, name, array, dtype="<f4", chunks=(1, *array.shape[1:]))
-            attach(dataset, axes[name], scales)
-        self._check_disk()
 
     def set_grams(self, grams: Grams) -> None:
         """Store Gram matrices with earlier checkpoints, for a recording without weights.
@@ -360,7 +295,7 @@ class RecordingWriter:
             n_sites, experts, rank = self._extent(group)
             flat, count = experts * rank, len(grams.checkpoints)
             shapes = {"a_gram": (n_sites, count, experts, rank, rank), "b_gram": (n_sites, count, flat, flat)}
-            self._check_arrays(group, arrays, shapes)
+            check_shapes(self.path, group, arrays, shapes)
         self._grams = grams
 
     def _finish(self) -> None:
@@ -375,16 +310,17 @@ class RecordingWriter:
             raise FormatError(f"{self.path}: weights of site {absent!r} were never given; give all or none.")
         if self.n_tokens not in (None, self._count):
             raise FormatError(f"{self.path}: {self.n_tokens} token rows were announced, {self._count} were appended.")
-        self._finish_tokens()
-        for group in range(len(self.groups)):
-            self._finish_group(h5[group_name(group)], group)
-        if self._grams is not None:
-            self._write_grams(h5.create_group("grams"), self._grams)
-        for key in sorted(self._meta):
-            set_attr(h5, key, self._meta[key])
-        self._close_h5()
-        self._sink.close()
-        self._check_disk()
+        with self._storing():
+            self._finish_tokens()
+            for group in range(len(self.groups)):
+                self._finish_group(h5[group_name(group)], group)
+            if self._grams is not None:
+                self._write_grams(h5.create_group("grams"), self._grams)
+            for key in sorted(self._meta):
+                set_attr(h5, key, self._meta[key])
+            h5.close()
+            self._h5 = None
+            self._sink.close()
         problems = verify_recording(self._partial)
         if problems:
             raise FormatError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -9,10 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from driftlens.errors import StorageError
 from driftlens.store import Manifest, open_recording, verify_recording
+from driftlens.store import writer as writer_module
+from driftlens.store.sink import Sink
 from tests.store import _make as make
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -79,9 +84,7 @@ def test_sigkill_at_any_moment_keeps_a_whole_recording(tmp_path: Path) -> None:
     old_bytes, old_manifest = (run / "a.h5").read_bytes(), (run / "manifest.json").read_bytes()
     total = count_calls(lambda: update(run, new))
     rng = random.Random(0)
-    moments = sorted(
-        [*(rng.randrange(1, total) for _ in range(14)), *(total - n for n in (40, 120, 200, 260, 320, 400))]
-    )
+    moments = sorted([*(rng.randrange(1, total) for _ in range(12)), *(total - n for n in (40, 120, 200, 320))])
     seen = set()
     for moment in moments:
         (run / "a.h5").write_bytes(old_bytes)
@@ -116,7 +119,7 @@ except StorageError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [2_000, 60_000, 800_000])
+@pytest.mark.parametrize("limit", [2_000, 800_000])
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, limit: int) -> None:
     path = make.write(tmp_path / "a.h5", make.content(SITES, (5, 3)))
     before = path.read_bytes()
@@ -136,6 +139,33 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, limit:
     assert child.stderr == ""
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.h5.lock", "a.h5"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 0.4, 0.6, 0.8, 0.99])
+def test_the_disk_fills_at_any_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    c = make.content([make.site(0, 32, 32), make.site(1)], (300, 200))
+    c.values["task-1"][0]["pathway"][0, 150] = 1e6  # the data set is rewritten wider at the end
+    whole = make.write(tmp_path / "whole.h5", c).read_bytes()
+    path = make.write(tmp_path / "a.h5", make.content(SITES, (5, 3)))
+    before = path.read_bytes()
+
+    class SmallDisk(Sink):
+        left = int(share * len(whole))
+
+        def write(self, data: Any) -> int:
+            length = super().write(data)
+            self.left -= length
+            if self.left < 0:
+                self.error = self.error or OSError(errno.ENOSPC, "No space left on device")
+            return length
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "Sink", SmallDisk)
+        with pytest.raises(StorageError, match=r"Cannot write .*a\.h5: No space left on device"):
+            make.write(path, c, batch=100, overwrite=True)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["a.h5", "whole.h5"]
+    assert make.write(path, c, overwrite=True).read_bytes() == whole
 
 
 def test_readers_in_many_processes(tmp_path: Path) -> None:

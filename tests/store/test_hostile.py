@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from collections.abc import Callable
@@ -58,6 +59,16 @@ def no_checksum(file: h5py.File) -> None:
 
 def other_filter(file: h5py.File) -> None:
     file.create_dataset(KEY, data=np.zeros((1, 8, 3), dtype="<f2"), compression="gzip", fletcher32=True)
+
+
+def other_parameters(file: h5py.File) -> None:
+    file.create_dataset(
+        KEY,
+        data=np.zeros((1, 8, 3), dtype="<f2"),
+        chunks=(1, 8, 3),
+        fletcher32=True,
+        **hdf5plugin.Bitshuffle(64, "lz4"),
+    )
 
 
 def absurd_shape(file: h5py.File) -> None:
@@ -125,8 +136,9 @@ def nothing(file: h5py.File) -> None:
         (external_storage, "has external storage, which reads other files; recordings contain none"),
         (virtual, "has a virtual layout, which reads other files; recordings contain none"),
         (contiguous, "is not stored in chunks; expected chunks with a checksum"),
-        (no_checksum, "has the HDF5 filters [32008]; expected [3, 32008]"),
-        (other_filter, "has the HDF5 filters [1, 3]; expected [3, 32008]"),
+        (no_checksum, "has the HDF5 filters [32008]; expected [32008, 3]"),
+        (other_filter, "has the HDF5 filters [1, 3]; expected [32008, 3]"),
+        (other_parameters, "has the bitshuffle parameters (2, 64, 2); expected (2, 0, 2)"),
         (absurd_shape, "has shape [1, 1099511627776, 3]; expected [1, 8, 3]"),
         (unfilled_shape, "has 1 stored chunks; expected 8 for shape [1, 8, 3]"),
         (absurd_chunk, "declares 48 bytes in chunks of 402,653,184; expected at most"),
@@ -253,5 +265,7 @@ def test_other_files(tmp_path: Path, data: bytes, text: str) -> None:
     (tmp_path / "a.h5").write_bytes(data)
     with pytest.raises(FormatError, match=text):
         open_recording(tmp_path / "a.h5")
-    with pytest.raises(FormatError, match=r"cannot be opened: Is a directory. Give the path of a .h5 recording"):
-        Recording(tmp_path)
+    os.mkfifo(tmp_path / "pipe.h5")
+    for path in (tmp_path, tmp_path / "pipe.h5"):
+        with pytest.raises(FormatError, match=r"is not a file. Give the path of a .h5 recording"):
+            Recording(path)

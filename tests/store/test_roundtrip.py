@@ -62,7 +62,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 sites_strategy = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     shapes=sites_strategy,
     tokens=st.lists(st.integers(0, 90), min_size=1, max_size=4),
@@ -147,6 +147,16 @@ def test_names_of_any_alphabet(tmp_path: Path) -> None:
     path = make.write(tmp_path / "a.h5", c)
     check_equal(path, c)
     assert verify_recording(path) == []
+
+
+def test_empty_probes_and_no_stored_tokens(tmp_path: Path) -> None:
+    c = make.content([make.site(0), make.site(1, 1, 0)], (0, 0))
+    c.sample_ids = {probe: [] for probe in c.probes}
+    path = make.write(tmp_path / "a.h5", c)
+    check_equal(path, c)
+    assert verify_recording(path) == []
+    with xr.open_datatree(path, engine="h5netcdf") as tree:
+        assert tree["group_0/gate"].shape == (1, 0, 3)
 
 
 def test_recording_without_weights_and_router(tmp_path: Path) -> None:
