@@ -16,7 +16,13 @@ from driftlens.recording.observer import Observer
 __all__ = ["overhead_percent", "paired_ratios"]
 
 
-def paired_ratios(root: nn.Module, observer: Observer, batches: Sequence[Batch], repeats: int = 3) -> list[float]:
+def paired_ratios(
+    root: nn.Module,
+    observer: Observer,
+    batches: Sequence[Batch],
+    repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Return time of a recorded forward (hooks, sums, copy to the host) over that of the bare one, pair by pair.
 
     Bare and recorded forwards alternate, and so does which of them comes first: a machine that becomes slower or
@@ -27,6 +33,7 @@ def paired_ratios(root: nn.Module, observer: Observer, batches: Sequence[Batch],
         observer: observer of its sites.
         batches: what to run.
         repeats: rounds over ``batches``.
+        clock: seconds; ``time.process_time`` is disturbed less by other work on the machine (CPU only).
     """
 
     def bare(batch: Batch) -> None:
@@ -40,15 +47,20 @@ def paired_ratios(root: nn.Module, observer: Observer, batches: Sequence[Batch],
             root(**batch.inputs)
         observer.take()
 
+    def seconds(call: Callable[[Batch], None], batch: Batch) -> float:
+        start = clock()
+        call(batch)
+        return clock() - start
+
     ratios = []
     for number in range(repeats + 1):
         for index, batch in enumerate(batches):
             if (number + index) % 2:
-                seconds_recorded = _seconds(recorded, batch)
-                seconds_bare = _seconds(bare, batch)
+                seconds_recorded = seconds(recorded, batch)
+                seconds_bare = seconds(bare, batch)
             else:
-                seconds_bare = _seconds(bare, batch)
-                seconds_recorded = _seconds(recorded, batch)
+                seconds_bare = seconds(bare, batch)
+                seconds_recorded = seconds(recorded, batch)
             if number:
                 ratios.append(seconds_recorded / seconds_bare)
     return ratios
@@ -57,9 +69,3 @@ def paired_ratios(root: nn.Module, observer: Observer, batches: Sequence[Batch],
 def overhead_percent(ratios: Sequence[float]) -> float:
     """Return the median of ``ratios`` as percent above 1."""
     return 100.0 * (float(np.median(ratios)) - 1.0)
-
-
-def _seconds(call: Callable[[Batch], None], batch: Batch) -> float:
-    start = time.perf_counter()
-    call(batch)
-    return time.perf_counter() - start

@@ -219,7 +219,7 @@ class _RunRecorder:
                 found = ", ".join(f"{name} {meta.get(name)!r} (now {expected[name]!r})" for name in differing)
                 raise (ProbeError if "probes_sha256" in differing else ConfigError)(
                     f"{target.path} was recorded in another way: {found}. Recordings of a run must agree. Use the same "
-                    f"settings, or delete {target.path.parent} to record the whole run again; nothing was changed."
+                    f"settings, or record the whole run anew with --fresh (resume=False); nothing was changed."
                 )
             summary = RecordingSummary(
                 path=target.path,
