@@ -157,7 +157,7 @@ def _reasons(
     silent0, silent1 = (~(magnitude > 0).any(axis=(-1, -2)) for magnitude in (magnitude0, magnitude1))
     # Without a token that has output at both ends it is still undefined: the anchor's silence is named.
     reason[undefined] = Reason.NO_OUTPUT_ANCHOR
-    reason[undefined & silent1 & ~silent0] = Reason.NO_OUTPUT_CURRENT
+    reason[undefined & silent1] = Reason.NO_OUTPUT_CURRENT
     reason[undefined & silent1 & silent0] = Reason.NO_OUTPUT
     reason[~whole] = Reason.NOT_FINITE
     if total.shape[-1] == 0:
