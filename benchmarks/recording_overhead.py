@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
 import tempfile
@@ -140,7 +141,7 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     lines = [
         "# Recording overhead",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()}, {arguments.threads} thread(s), "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} cores, {arguments.threads} thread(s), "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"peft {peft.__version__}, float32.",
         "",
