@@ -70,7 +70,8 @@ def read_table(path: Path, name: str) -> xr.Dataset | None:
         with h5py.File(path, "r", locking=False) as file:
             group = file[name]
             coordinates = set(json.loads(group.attrs["coordinate_names"]))
-            variables, coords = {}, {}
+            variables: dict[str, Any] = {}
+            coords: dict[str, Any] = {}
             for key, dataset in group.items():
                 target = coords if key in coordinates else variables
                 target[key] = _read_variable(dataset)

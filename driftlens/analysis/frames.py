@@ -155,7 +155,10 @@ def table(run: Run, level: Level = "probe", metrics: Iterable[str] | None = None
         columns["undefined"] = _reasons(data, name, dims, value)
         columns["within_run"] = np.full(value.size, bool(attributes(name).get("within_run", 0)))
         frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
+    whole = pd.concat(frames, ignore_index=True)
+    # pandas would turn the absent reasons into NaN.
+    whole["undefined"] = pd.Series([None if pd.isna(text) else text for text in whole["undefined"]], dtype=object)
+    return whole
 
 
 def _reasons(data: xr.Dataset, name: str, dims: Sequence[str], value: np.ndarray) -> np.ndarray:

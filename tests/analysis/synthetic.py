@@ -7,7 +7,7 @@ One expert layer per site is simulated from its equation. After every task route
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,7 @@ def make_run(
     d_out: int = 20,
     gate: str = "softmax",
     drift: float = 0.5,
+    grow: int = 0,
     seed: int = 0,
     method: str = "moelora",
     noise: bool = True,
@@ -97,6 +98,7 @@ def make_run(
         d_out: width of outputs.
         gate: "softmax", "topk" (two experts), "energy" or "uniform".
         drift: length of the step after every task, relative to the parameters.
+        grow: experts that every site gains at the last task.
         seed: seed of parameters and scores.
         method: name of the method in the configuration.
         noise: also write a second recording of the last checkpoint with inputs off by 1e-4.
@@ -138,6 +140,7 @@ def make_run(
         (root / "recordings").mkdir()
         probes = {task: _inputs(task, infos, samples, tokens_per_sample, probe_seed) for task in tasks}
         states = _trajectory(infos, len(names), drift, rng)
+        states[-1] = [_grown(parameters, grow, rng) for parameters in states[-1]]
         for name, state in zip(names, states, strict=True):
             _record(root / "recordings" / f"{name}.h5", name, infos, state, probes, gate)
         if noise:
@@ -178,6 +181,13 @@ def _trajectory(infos: list[SiteInfo], length: int, drift: float, rng: np.random
     return states
 
 
+def _grown(parameters: Parameters, experts: int, rng: np.random.Generator) -> Parameters:
+    def longer(old: np.ndarray, scale: float) -> np.ndarray:
+        return np.concatenate([old, rng.normal(0, scale, (experts, *old.shape[1:]))])
+
+    return Parameters(longer(parameters.A, 0.2), longer(parameters.B, 0.2), longer(parameters.router, 0.6))
+
+
 def _inputs(task: str, infos: list[SiteInfo], samples: int, tokens: int, seed: int) -> Inputs:
     rng = np.random.default_rng([seed, *task.encode()])
     counts = [tokens + number % 2 for number in range(samples)]
@@ -205,6 +215,7 @@ def _record(
     off: float = 0.0,
 ) -> None:
     meta = {"checkpoint": name, "probes_sha256": "9" * 64, "base": "synthetic", "dtype": "float32", "device": "cpu"}
+    infos = [replace(info, num_experts=len(part.A)) for info, part in zip(infos, state, strict=True)]
     sums: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng(1)
     with RecordingWriter(

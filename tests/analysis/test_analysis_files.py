@@ -20,6 +20,8 @@ from driftlens.errors import FormatError, NotFoundError, ProbeError, StorageErro
 from driftlens.store import Manifest
 from tests.analysis.synthetic import make_run
 
+SHAPE = {"sites": 3, "samples": 4, "tokens_per_sample": 3}
+
 
 def relist(run: Path, *files: str) -> None:
     manifest = Manifest.load(run)
@@ -71,19 +73,23 @@ def test_a_shortened_file_and_a_missing_one(copy: Path) -> None:
 
 
 def test_recordings_of_other_probes_are_refused(copy: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", sites=3, samples=4, tokens_per_sample=3, probe_seed=8, noise=False)
+    other = make_run(tmp_path / "other", **SHAPE, probe_seed=8, noise=False)
     shutil.copy(other / "recordings" / "02-colour.h5", copy / "recordings" / "02-colour.h5")
     relist(copy, "recordings/02-colour.h5")
-    with pytest.raises(ProbeError, match=r"tokens of probe 'digit' differ between 00-start .* and\s+02-colour") as caught:
+    with pytest.raises(ProbeError, match="tokens of probe 'digit' differ between 00-start") as caught:
         _ = open_run(copy).drift
     assert "driftlens record" in str(caught.value)
 
 
 def test_other_probe_names_are_refused(copy: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", tasks=("digit", "colour"), sites=3, samples=4, tokens_per_sample=3, noise=False)
+    other = make_run(
+        tmp_path / "other", tasks=("digit", "colour"), sites=3, samples=4, tokens_per_sample=3, noise=False
+    )
     shutil.copy(other / "recordings" / "02-colour.h5", copy / "recordings" / "02-colour.h5")
     relist(copy, "recordings/02-colour.h5")
-    with pytest.raises(ProbeError, match="02-colour was recorded on the probes digit, colour, 00-start on digit, colour, country"):
+    with pytest.raises(
+        ProbeError, match="02-colour was recorded on the probes digit, colour, 00-start on digit, colour, country"
+    ):
         _ = open_run(copy).drift
 
 
@@ -99,22 +105,25 @@ def test_a_valid_cache_is_opened_and_gives_the_same_numbers(
 
 def test_the_cache_is_a_netcdf_file(master: Path, run: Run) -> None:
     expected = run.drift
-    with xr.open_datatree(master / "analysis.h5", engine="h5netcdf") as tree:
-        assert set(tree.children) == set(run.tables())
-        np.testing.assert_array_equal(tree["drift"]["router_js"], expected.router_js)
-        assert tree["drift"]["site"].to_numpy().tolist() == expected.site.to_numpy().tolist()
-        assert "layer" in tree["codrift"].coords
+    with xr.open_dataset(master / "analysis.h5", engine="h5netcdf", group="drift") as found:
+        np.testing.assert_array_equal(found["router_js"], expected.router_js)
+        assert found["site"].to_numpy().tolist() == expected.site.to_numpy().tolist()
+        assert found["near_uniform"].dtype == bool
+        assert set(found.coords) == set(expected.coords)
+        assert found["router_js"].dims == expected["router_js"].dims
 
 
 def test_a_changed_recording_makes_the_cache_invalid(copy: Path, run: Run, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", sites=3, samples=4, tokens_per_sample=3, seed=1)
+    other = make_run(tmp_path / "other", **SHAPE, seed=1)
     shutil.copy(other / "recordings" / "03-country.h5", copy / "recordings" / "03-country.h5")
     with pytest.raises(FormatError, match=r"03-country\.h5 has"):
         _ = open_run(copy).drift  # the manifest does not know it yet
     relist(copy, "recordings/03-country.h5")
     changed = open_run(copy).drift.router_js
     assert not np.allclose(changed.sel(checkpoint=3), run.drift.router_js.sel(checkpoint=3))
-    np.testing.assert_allclose(changed.sel(probe="digit", checkpoint=2), run.drift.router_js.sel(probe="digit", checkpoint=2))
+    np.testing.assert_allclose(
+        changed.sel(probe="digit", checkpoint=2), run.drift.router_js.sel(probe="digit", checkpoint=2)
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "table", "garbage"])
@@ -149,7 +158,7 @@ def test_a_run_without_recordings_still_shows_its_scores(tmp_path: Path) -> None
     run = open_run(make_run(tmp_path / "bare", recordings=False))
     assert run.scores.strict.sizes == {"checkpoint": 4, "task": 3}
     assert run.recorded == ()
-    with pytest.raises(NotFoundError, match="has no recordings.*driftlens record --run"):
+    with pytest.raises(NotFoundError, match=r"has no recordings.*driftlens record --run"):
         _ = run.drift
     with pytest.raises(NotFoundError, match="no recording of 01-digit"):
         run.recording(1)

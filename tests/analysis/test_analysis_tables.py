@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from driftlens import metrics
-from driftlens.analysis import REASONS, Run, open_run
-from driftlens.errors import UnknownNameError
+from driftlens.analysis import REASONS, Run, open_run, thin_run
+from driftlens.errors import FormatError, UnknownNameError
 from driftlens.metrics import Reason
 from tests.analysis.synthetic import SCALING, make_run
 
@@ -311,3 +311,23 @@ def test_a_probe_whose_anchor_is_missing_is_undefined_not_zero(run: Run) -> None
     assert np.isnan(partial.subspaces.subspace_overlap.sel(probe="digit")).all()
     same = partial.drift.router_js.sel(probe="colour", checkpoint=3)
     np.testing.assert_allclose(same, run.drift.router_js.sel(probe="colour", checkpoint=3))
+
+
+def test_experts_that_did_not_exist_at_the_anchor_count_as_silent(tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path / "grown", grow=2, sites=2, samples=3, tokens_per_sample=2, noise=False))
+    assert run.drift.sizes["expert"] == 6
+    old, new = raw(run, 1, "digit"), raw(run, 3, "digit")
+    assert (old["gate"].shape[1], new["gate"].shape[1]) == (4, 6)
+    gates = (old["gate"], new["gate"])
+    expected = metrics.router_js(*gates, old["sample"])
+    assert cell(run, "drift", "router_js", "digit", 3) == pytest.approx(float(expected), abs=1e-12)
+    phi = metrics.codrift(*gates, old["z"], new["z"], old["B"], new["B"], old["sample"])
+    assert cell(run, "codrift", "codrift_divergence", "digit", 3) == pytest.approx(float(phi.total), rel=1e-9)
+    here = run.drift.sel(probe="digit", site=SITE)
+    np.testing.assert_array_equal(here["load"].sel(checkpoint=1, expert=[4, 5]), 0.0)
+    assert (here["load"].sel(checkpoint=3, expert=[4, 5]) > 0).all()
+    overlap = run.subspaces.subspace_overlap.sel(probe="digit", checkpoint=3, site=SITE)
+    np.testing.assert_allclose(overlap[:4], metrics.subspace_overlap(old["A"], new["A"][:4]), atol=1e-9)
+    assert np.isnan(overlap[4:]).all()
+    with pytest.raises(FormatError, match="need the same sites"):
+        thin_run(run, tmp_path / "thin")
