@@ -141,8 +141,9 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     lines = [
         "# Recording overhead",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} cores, {arguments.threads} thread(s), "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {platform.machine()} with {os.cpu_count()} cores, "
+        f"{arguments.threads} thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, "
         f"peft {peft.__version__}, float32.",
         "",
         "Built-in backbone, 30 sites (gate/up/down of layers 20 to 29), E = 4, r = 8, every token's row stored, "
