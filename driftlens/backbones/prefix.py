@@ -125,8 +125,9 @@ class FrozenPrefix:
         """Return states and the skipped layers' keys and values for one padded batch (used by generation)."""
         cache = DynamicCache()
         hidden = self.run(batch, cache)
-        pairs = tuple((cache.layers[i].keys, cache.layers[i].values) for i in range(self.depth))
-        return hidden, KeyValues(pairs)
+        # `cache.layers` is typed for caches of every kind; a DynamicCache holds plain keys and values.
+        layers: list[Any] = list(cache.layers[: self.depth])
+        return hidden, KeyValues(tuple((layer.keys, layer.values) for layer in layers))
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
@@ -146,9 +147,8 @@ class FrozenPrefix:
 
     def key(self, backbone_sha256: str, samples: Sequence[Encoded], batch_size: int) -> str:
         """Return the SHA-256 of everything the states of ``samples`` depend on (the name of a disk cache entry)."""
-        digest = hashlib.sha256(
-            repr((backbone_sha256, self.depth, batch_size, torch.__version__, torch.get_num_threads())).encode()
-        )
+        numerics = (torch.__version__, torch.get_num_threads(), torch.get_float32_matmul_precision())
+        digest = hashlib.sha256(repr((backbone_sha256, self.depth, batch_size, numerics)).encode())
         for sample in samples:
             digest.update(sample.input_ids.tobytes())
             if sample.pixel_values is not None:

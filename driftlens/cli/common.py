@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -15,10 +15,24 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from driftlens.training.run import Progress as Step
-
 __all__ = ["JsonOption", "QuietOption", "console", "emit", "note", "plain", "progress_bar"]
+
+
+class Step(Protocol):
+    """What long computations report: a message, and units done out of all."""
+
+    @property
+    def message(self) -> str:
+        """What is being done."""
+
+    @property
+    def done(self) -> float:
+        """Units done."""
+
+    @property
+    def total(self) -> float:
+        """All units."""
+
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON (an array, one object per row) on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only: no progress, no notes.")]
@@ -48,7 +62,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def emit(rows: Sequence[Mapping[str, Any]], *, as_json: bool, columns: Sequence[str] | None = None) -> None:
+def emit(rows: Sequence[Mapping[Any, Any]], *, as_json: bool, columns: Sequence[str] | None = None) -> None:
     """Print rows as an aligned table, or as a JSON array with one object per row.
 
     Args:

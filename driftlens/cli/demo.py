@@ -26,7 +26,10 @@ def demo(
     from driftlens.recording import record_run
     from driftlens.training import load_config, train_run
 
-    fetch_assets(progress=lambda message: note(message, quiet))
+    def report_assets(stage: str, fraction: float) -> None:
+        note(f"{100 * fraction:3.0f} %  {stage}", quiet)
+
+    fetch_assets(progress=report_assets)
     runs = []
     for name in method or ["moe-lora", "pass-moe"]:
         config = load_config(f"builtin/{name}", [f"training.seed={seed}"])

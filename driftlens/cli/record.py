@@ -17,12 +17,18 @@ def record(
     run: Annotated[Path | None, typer.Option("--run", help="Record every checkpoint of this run; resumable.")] = None,
     ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Record one checkpoint (a PEFT adapter folder).")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model: builtin, a hub id or a folder.")] = None,
-    probes: Annotated[Path | None, typer.Option("--probes", help="Probe set folder (default: probes/builtin).")] = None,
+    probes: Annotated[
+        Path | None, typer.Option("--probes", help="Probe set folder (default: the run's, or the built-in stream's).")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="With --ckpt: the file to write.")] = None,
     tokens_per_sample: Annotated[
         int | None, typer.Option("--tokens-per-sample", min=1, help="Keep this many token rows of each sample.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples per forward.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make recordings anew that are there already.")] = False,
+    overhead: Annotated[
+        int, typer.Option("--overhead", min=0, help="With --ckpt: batches to measure overhead on.")
+    ] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -39,6 +45,7 @@ def record(
                 run,
                 probes=probes,
                 base=base,
+                resume=not fresh,
                 batch_size=batch_size,
                 tokens_per_sample=tokens_per_sample,
                 progress=report,
@@ -46,16 +53,17 @@ def record(
         emit([summary.row() for summary in summaries], as_json=as_json)
         note(f"Next: driftlens analyze {run}", quiet or as_json)
         return
-    assert ckpt is not None
-    target = out if out is not None else Path(f"{ckpt.name}.h5")
+    assert ckpt is not None  # exactly one of the two is given
     with progress_bar(quiet) as report:
         summary = record_checkpoint(
             ckpt,
             base=base,
             probes=probes,
-            out=target,
-            batch_size=batch_size,
+            out=out,
+            batch_size=batch_size or 16,
             tokens_per_sample=tokens_per_sample,
+            overwrite=fresh,
+            overhead_batches=overhead,
             progress=report,
         )
     emit([summary.row()], as_json=as_json)

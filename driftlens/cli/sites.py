@@ -11,6 +11,8 @@ from driftlens.cli.common import JsonOption, emit
 
 __all__ = ["sites"]
 
+_SHOWN = ["name", "layer", "kind", "gate", "num_experts", "rank", "d_in", "d_out", "scaling"]
+
 
 def sites(
     target: Annotated[str, typer.Argument(help="A checkpoint folder (PEFT adapter), or a base model.")],
@@ -18,7 +20,11 @@ def sites(
     as_json: JsonOption = False,
 ) -> None:
     """Print the sites of a model or checkpoint: the modules where routing or pathways can be observed."""
+    from dataclasses import asdict
+
+    from driftlens.backbones import load_backbone
     from driftlens.recording import find_sites, load_checkpoint
 
-    model = load_checkpoint(Path(target), base).model
-    emit([vars(site) for site in find_sites(model)], as_json=as_json)
+    is_adapter = (Path(target) / "adapter_config.json").is_file()
+    model = load_checkpoint(target, base).model if is_adapter else load_backbone(target).model
+    emit([asdict(site.info) for site in find_sites(model)], as_json=as_json, columns=_SHOWN)

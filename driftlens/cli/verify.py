@@ -26,9 +26,9 @@ def verify(
     recordings = sorted((path / "recordings").glob("*.h5")) if path.is_dir() else [path]
     damaged = {problem.path for problem in problems}
     for recording in recordings:
-        if str(recording) not in damaged and recording not in damaged:
+        if str(recording) not in damaged:
             problems += verify_recording(recording)
-    emit([{"path": str(problem.path), "what": problem.what} for problem in problems], as_json=as_json)
+    emit([{"path": problem.path, "what": problem.what} for problem in problems], as_json=as_json)
     if problems:
         raise FormatError(f"{len(problems)} problem(s) in {path}; the list above names the files.")
     note(f"{path}: everything is as it was written ({len(recordings)} recording(s) read).", as_json)

@@ -225,7 +225,9 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield (site name, A [E r, d_in], B [d_out, E r]) of the active adapter."""
     for name, site in iter_sites(model):
         adapter = site.active_adapters[0]
-        yield name, site.moe_lora_A[adapter].weight, site.moe_lora_B[adapter].weight
+        A: Any = site.moe_lora_A[adapter]
+        B: Any = site.moe_lora_B[adapter]
+        yield name, A.weight, B.weight
 
 
 def _measure_importance(model: nn.Module, task: TaskContext) -> dict[str, Tensor]:

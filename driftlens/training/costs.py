@@ -42,9 +42,10 @@ def skeleton(base: str) -> nn.Module:
             config = AutoConfig.from_pretrained(base)
         except (OSError, ValueError) as error:
             raise NotFoundError(f"The base model {base!r} has no readable configuration: {error}") from error
-    factory = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    factory: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
-        return factory.from_config(config)
+        model: nn.Module = factory.from_config(config)
+    return model
 
 
 def estimate_costs(config: RunConfig) -> list[dict[str, object]]:

@@ -7,7 +7,7 @@ key-value cache; the cache is then cut back to the prompt, and the answer is gen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from driftlens.backbones import Encoded, Encoder, collate
 from driftlens.backbones.prefix import FrozenPrefix, KeyValues
 from driftlens.streams import Sample, lenient_match, strict_match
+from driftlens.training.data import last_positions
 
 __all__ = ["ScoredAnswer", "TaskScorer"]
 
@@ -121,16 +122,20 @@ class TaskScorer:
     def _prefill(self, model: nn.Module, batch: _Batch, cache: DynamicCache) -> Float[Tensor, "batch vocabulary"]:
         """Fill ``cache`` with the prompts and return the logits of the first answer token."""
         masks = {key: batch.prompt[key] for key in ("attention_mask", "position_ids")}
-        if self.prefix is None or batch.hidden is None or batch.lower is None:
+        inputs: dict[str, Tensor]
+        context: AbstractContextManager[None]
+        if self.prefix is None or batch.hidden is None:
             inputs = {key: batch.prompt[key] for key in ("input_ids", "pixel_values") if key in batch.prompt}
             context = nullcontext()
         else:
             inputs, context = {"inputs_embeds": batch.hidden}, self.prefix.skipping()
         with context:
-            output = model(**inputs, **masks, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            keep = last_positions(masks["attention_mask"].shape[1], 1).to(self.device)
+            output = model(**inputs, **masks, past_key_values=cache, use_cache=True, logits_to_keep=keep)
         if batch.lower is not None:
             batch.lower.fill(cache)
-        return output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()
 
     def _continue(
         self, model: nn.Module, batch: _Batch, cache: DynamicCache, tokens: Tensor, mask: Tensor, done: int
@@ -146,7 +151,8 @@ class TaskScorer:
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits.float()
+        logits: Tensor = output.logits
+        return logits.float()
 
     def _reference_nll(
         self, model: nn.Module, batch: _Batch, cache: DynamicCache, first: Tensor
