@@ -196,7 +196,8 @@ def main() -> None:
     text = [
         "# Speed of the MoE-LoRA layer",
         "",
-        f"{cpu_name()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.0f}, {options.threads} thread(s), float32, {options.tokens} tokens; "
+        f"{cpu_name()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.0f}, {options.threads} thread(s), "
+        f"float32, {options.tokens} tokens; "
         f"torch {torch.__version__}, peft {peft.__version__}, Python {platform.python_version()}; "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {took:.0f} s. Made by `benchmarks/layer_speed.py`.",
         "",
