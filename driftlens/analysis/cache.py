@@ -32,6 +32,7 @@ Stamps = Mapping[str, tuple[int, int]]
 _DIMS: Final = "_driftlens_dims"
 _RESERVED: Final = frozenset({_DIMS, "dtype", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST"})
 _COMPRESSED_FROM: Final = 1024
+_MAX_BYTES: Final = 1 << 30
 _UNREADABLE: Final = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError)
 """What h5py raises on a damaged file, depending on where the damage is."""
 
@@ -68,16 +69,26 @@ def read_table(path: Path, name: str) -> xr.Dataset | None:
     """Read one table of a cache; None if it is damaged."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            group = file[name]
+            group = _local(file, name)
             coordinates = set(json.loads(group.attrs["coordinate_names"]))
             variables: dict[str, Any] = {}
             coords: dict[str, Any] = {}
-            for key, dataset in group.items():
+            for key in group:
                 target = coords if key in coordinates else variables
-                target[key] = _read_variable(dataset)
+                target[key] = _read_variable(_local(group, key))
             return xr.Dataset(variables, coords, json.loads(group.attrs["table_attributes"]))
     except _UNREADABLE:
         return None
+
+
+def _local(group: h5py.Group, name: str) -> Any:
+    """Return a member; ValueError if it would be read from elsewhere, or is larger than any table."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is a link")
+    member = group[name]
+    if isinstance(member, h5py.Dataset) and (member.external or member.is_virtual or member.nbytes > _MAX_BYTES):
+        raise ValueError(f"{name} is stored elsewhere or is too large")
+    return member
 
 
 def _read_variable(dataset: h5py.Dataset) -> tuple[tuple[str, ...], np.ndarray, dict[str, Any]]:

@@ -114,6 +114,14 @@ class Run:
         return learned
 
     @property
+    def stream_tasks(self) -> tuple[str, ...]:
+        """All tasks of the stream in order, those still to come included if the configuration or the scores tell."""
+        if self.complete or not self.manifest.lists("scores.parquet"):
+            return self.tasks
+        scored = tuple(self.scores["task"].to_numpy().tolist())
+        return scored if len(scored) > len(self.tasks) else self.tasks
+
+    @property
     def complete(self) -> bool:
         """Whether the run has finished."""
         return self.manifest.complete
@@ -326,7 +334,8 @@ class Run:
     def analysis_key(self) -> str:
         """SHA-256 of what the analysis depends on: the listed recordings and the anchors."""
         return cache_key(
-            recordings={file: self.manifest.files[file].sha256 for file in self.used_files}, tasks=list(self.tasks)
+            recordings={file: self.manifest.files[file].sha256 for file in self.used_files},
+            tasks=list(self.stream_tasks),
         )
 
     def _check_recordings(self) -> None:
@@ -340,7 +349,7 @@ class Run:
                 recordings,
                 indices=[point.index for point in points],
                 names=[point.name for point in points],
-                tasks=self.tasks,
+                tasks=self.stream_tasks,
                 anchors=self._anchors,
                 noise=noise,
             )

@@ -126,7 +126,7 @@ def test_a_changed_recording_makes_the_cache_invalid(copy: Path, run: Run, tmp_p
     )
 
 
-@pytest.mark.parametrize("damage", ["cut", "table", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "table", "garbage", "link"])
 def test_a_damaged_cache_is_computed_again(copy: Path, run: Run, damage: str) -> None:
     import h5py
 
@@ -135,9 +135,13 @@ def test_a_damaged_cache_is_computed_again(copy: Path, run: Run, damage: str) ->
         path.write_bytes(path.read_bytes()[:5000])
     elif damage == "garbage":
         path.write_bytes(b"not a file of ours")
-    else:
+    elif damage == "table":
         with h5py.File(path, "r+") as file:
             del file["drift"].attrs["coordinate_names"]
+    else:  # a stranger's file that points at another one
+        with h5py.File(path, "r+") as file:
+            del file["drift/router_js"]
+            file["drift/router_js"] = h5py.ExternalLink("recordings/01-digit.h5", "/group_0/gate")
     xr.testing.assert_identical(open_run(copy).drift, run.drift)
 
 
@@ -162,6 +166,23 @@ def test_a_run_without_recordings_still_shows_its_scores(tmp_path: Path) -> None
         _ = run.drift
     with pytest.raises(NotFoundError, match="no recording of 01-digit"):
         run.recording(1)
+
+
+def test_tasks_still_to_come_have_no_anchor_yet(copy: Path) -> None:
+    manifest = Manifest.load(copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("  tasks:\n  - digit\n  - colour\n  - country\n", ""))
+    for name in ("recordings/03-country.h5", "recordings/03-country.noise.h5", "checkpoints/03-country"):
+        manifest.remove(name)
+    manifest.complete = False
+    manifest.save()
+    run = open_run(copy)
+    assert run.tasks == ("digit", "colour")
+    assert run.stream_tasks == ("digit", "colour", "country")
+    assert run.drift.anchor.to_numpy().tolist() == [1, 2, -1]
+    assert run.drift.probe_index.to_numpy().tolist() == [1, 2, 3]
+    assert run.trend.n_old.to_numpy().tolist() == [0, 0, 1]
+    assert "not finished" in repr(run)
 
 
 def test_an_empty_run(tmp_path: Path) -> None:
