@@ -72,7 +72,7 @@ def run_one(method: str, seed: int, runs: Path, threads: int) -> None:
 
 def write_table(runs: Path, out: Path) -> None:
     """Write OUT.csv and OUT.md from every run in the folder."""
-    folders = sorted(path.parent for path in runs.glob("*/manifest.json"))
+    folders = sorted({path.parents[1] for path in runs.glob("*/recordings/*.noise.h5")})  # the last file of a run
     frame = compare(folders)
     durations = {p.stem: float(p.read_text()) for p in runs.glob("*.seconds")}
     frame["seconds"] = [durations.get(f"{row.method}-seed{row.seed}") for row in frame.itertuples()]

@@ -105,7 +105,14 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def progress_bar(quiet: bool, prefix: str = "") -> Iterator[Callable[[Step], None]]:
-    """Show one bar with message, share done, elapsed time and ETA on stderr; yields the function to report to."""
+    """Show message, share done, elapsed time and ETA on stderr; yields the function to report to.
+
+    Where stderr is no terminal (a log file), a line is printed whenever another tenth is done.
+    """
+    err = console(stderr=True)
+    if quiet or not err.is_terminal:
+        yield _by_tenths(quiet, prefix)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -114,10 +121,23 @@ def progress_bar(quiet: bool, prefix: str = "") -> Iterator[Callable[[Step], Non
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console(stderr=True), disable=quiet) as bar:
+    with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(escape(f"{prefix}starting"), total=None)
 
         def report(step: Step) -> None:
             bar.update(task, description=escape(prefix + step.message), completed=step.done, total=step.total)
 
         yield report
+
+
+def _by_tenths(quiet: bool, prefix: str) -> Callable[[Step], None]:
+    last = 0
+
+    def report(step: Step) -> None:
+        nonlocal last
+        tenth = int(10 * step.done / step.total) if step.total else 10
+        if tenth > last:
+            last = tenth
+            note(f"{prefix}{10 * tenth:3d} %  {step.message}", quiet)
+
+    return report

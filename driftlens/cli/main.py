@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from driftlens import __version__
@@ -19,6 +18,8 @@ _EPILOG = (
     "4 corrupt or foreign file, 5 probes do not fit, 6 locked by another writer, 7 disk refuses, "
     "8 nothing to observe in the model, 130 interrupted."
 )
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="driftlens",
@@ -67,18 +68,16 @@ _register()
 def main() -> None:
     """Run the command line; a known error is one message on stderr and its documented exit code."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except DriftLensError as error:
         _fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("Interrupted. What was finished is kept; run the same command again (training: with --resume).", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"The operating system refused: {error.strerror or error}{where}.", 7)
-    sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as done:
+        if done.code == _INTERRUPTED:
+            _fail("Interrupted. What was finished is kept; run the same command again (training: with --resume).", _INTERRUPTED)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

@@ -362,10 +362,11 @@ class _CheckpointWriter:
         manifest.add(self.folder.relative_to(out))
         done = self.runner.names[: self.index + 1]
         for table in ("scores", "train_log"):
-            parts = [out / "checkpoints" / name / f"{table}.parquet" for name in done]
-            frames = [pd.read_parquet(part) for part in parts if part.is_file()]
-            if frames:
+            # the checkpoint before the first task has scores, but no training log
+            parts = [out / "checkpoints" / name / f"{table}.parquet" for name in done if (name, table) != (START, "train_log")]
+            if parts:
                 with atomic_file(out / f"{table}.parquet") as partial:
+                    frames = [pd.read_parquet(part) for part in parts]
                     pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
                 manifest.add(f"{table}.parquet")
         manifest.save()
