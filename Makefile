@@ -24,8 +24,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed ## train, record, analyse and report on the built-in stream
 	$(BIN)/driftlens demo
 
-test: $(VENV)/installed-dev ## the default test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev ## the default test suite, on every core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/installed-dev ## tests that take minutes
 	$(BIN)/python -m pytest -m slow
