@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
@@ -16,6 +20,7 @@ from driftlens.figures import (
     codrift_table,
     definition_of,
     depth_order,
+    interval,
     map_range,
     number,
     routing_flow,
@@ -106,15 +111,25 @@ def _detail(runs: dict[str, Loaded], task: str) -> None:
     if not site or not checkpoint:
         st.info("Click a cell of the map, or choose a site and a checkpoint, to see everything measured there.")
         return
-    for place, (name, opened) in enumerate(runs.items()):
-        if len(runs) > 1:
-            st.markdown(f"**{safe(name)}**")
-        with guard(f"Cell of {name}"):
-            rows = cell_table(opened.run, int(checkpoint), site, task or None)
-            _numbers(rows, task, f"cell_{place}")
-            if task:
-                figure = routing_flow(opened.run, probe=task, site=site, theme=theme())
-                chart(figure, routing_table(opened.run, task, site), f"cell_routing_{place}")
+    columns = st.columns(len(runs), gap="large")
+    for place, ((name, opened), column) in enumerate(zip(runs.items(), columns, strict=True)):
+        with column:
+            if len(runs) > 1:
+                st.markdown(f"**{safe(name)}**")
+            with guard(f"Cell of {name}"):
+                rows = cell_table(opened.run, int(checkpoint), site, task or None)
+                _numbers(rows, task, f"cell_{place}")
+                if task:
+                    figure = routing_flow(opened.run, probe=task, site=site, theme=theme())
+                    chart(figure, routing_table(opened.run, task, site), f"cell_routing_{place}")
+
+
+def _blank(value: float) -> str:
+    return "" if math.isnan(value) else number(value)
+
+
+def _value(row: Mapping[Hashable, Any]) -> str:
+    return row["undefined"] or f"{number(row['value'])} {interval(row['low'], row['high'])}".rstrip()
 
 
 def _numbers(rows: pd.DataFrame, task: str, key: str) -> None:
@@ -128,13 +143,9 @@ def _numbers(rows: pd.DataFrame, task: str, key: str) -> None:
         shown = pd.DataFrame(
             {
                 "quantity": rows["quantity"],
-                "value": [why or number(value) for value, why in zip(rows["value"], rows["undefined"], strict=True)],
-                "95 % interval": [
-                    f"{number(low)} … {number(high)}" if low == low else ""
-                    for low, high in zip(rows["low"], rows["high"], strict=True)
-                ],
-                "if nothing changed": [number(value) if value == value else "" for value in rows["noise_floor"]],
-                "chance": [number(value) if value == value else "" for value in rows["chance"]],
+                "value [95 %]": [_value(row) for row in rows.to_dict("records")],
+                "unchanged": [_blank(value) for value in rows["noise_floor"]],
+                "chance": [_blank(value) for value in rows["chance"]],
             }
         )
     else:
@@ -142,3 +153,5 @@ def _numbers(rows: pd.DataFrame, task: str, key: str) -> None:
         shown = shown.loc[list(dict.fromkeys(rows["quantity"])), list(dict.fromkeys(rows["probe"]))].reset_index()
         shown[shown.columns[1:]] = shown[shown.columns[1:]].map(number)
     st.dataframe(shown, hide_index=True, key=key, height="content", alt="Everything measured in the chosen cell")
+    if task:
+        st.caption("Unchanged: what the number reads between two recordings of one checkpoint (its noise floor).")

@@ -12,9 +12,9 @@ from driftlens.figures import CAPTIONS, number
 
 __all__ = ["show"]
 
-_SCORES = {"AP": "Final accuracy · AP", "BWT_T": "Backward transfer · BWT_T", "BWT_T-1": "… of old tasks · BWT_T-1"}
+_SCORES = {"AP": "Final accuracy", "BWT_T": "Backward transfer", "BWT_T-1": "… of old tasks"}
 _DRIFT = {
-    "router_js": "Router divergence",
+    "router_js": "Routing drift",
     "codrift_divergence": "Co-drift divergence",
     "gate_entropy": "Gate entropy",
 }
@@ -59,6 +59,7 @@ def _points(value: float, *, signed: bool) -> str:
 
 
 def _card(metric: str, label: str, value: str, note: str) -> None:
-    with st.container(border=True):
+    with st.container(border=True, gap="xsmall"):
         st.metric(safe(label), value)
-        st.caption(f"{safe(note)}  \n{safe(CAPTIONS[metric])}")
+        st.caption(f"`{metric}`  \n{safe(note)}")
+        st.caption(safe(CAPTIONS[metric]))

@@ -56,7 +56,7 @@ def _drift_badges(opened: Loaded) -> None:
             f"noise floor {number(floor)}",
             icon=":material/graphic_eq:",
             color="gray",
-            help="Router divergence between two recordings of the same checkpoint: smaller differences mean nothing.",
+            help="Routing drift between two recordings of the same checkpoint: smaller differences mean nothing.",
         )
     share = float(last["near_uniform_share"])
     if not math.isnan(share):

@@ -71,7 +71,7 @@ def _choose(folder: Path, found: dict[str, RunEntry]) -> list[str]:
         st.caption("Where and why a continually trained mixture-of-experts LoRA model forgets.")
         run = st.selectbox("Run", state.options("run", list(found)), key="run", format_func=label)
         others = ["", *(name for name in found if name != run)]
-        beside = st.selectbox("Beside it", state.options("beside", others), key="beside", format_func=label)
+        beside = st.selectbox("Compare with", state.options("beside", others), key="beside", format_func=label)
         st.caption(f"{len(found)} {'run' if len(found) == 1 else 'runs'} in {safe(folder.name)}/")
         with st.expander("How to read this page", icon=":material/help:"):
             st.markdown(_GUIDE)

@@ -71,6 +71,11 @@ def chart(
         key: unique on the page; also the name of the file.
         on_select: called when the reader selects a point.
     """
+    with st.container(gap="xsmall"):
+        _chart(figure, rows, key, on_select)
+
+
+def _chart(figure: go.Figure, rows: pd.DataFrame, key: str, on_select: Callable[[], None] | None) -> None:
     words = figure.layout.meta
     title = re.sub(r"<[^>]+>", " ", figure.layout.title.text)
     st.plotly_chart(

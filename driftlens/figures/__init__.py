@@ -22,7 +22,7 @@ from driftlens.figures.tables import (
     drift_table,
     routing_table,
 )
-from driftlens.figures.text import number, plain
+from driftlens.figures.text import interval, number, plain
 from driftlens.figures.theme import CONFIG, THEMES
 from driftlens.figures.words import CAPTIONS, definition_of
 
@@ -48,6 +48,7 @@ __all__ = [
     "depth_order",
     "drift_lines",
     "drift_table",
+    "interval",
     "line_top",
     "map_range",
     "method_bars",

@@ -83,7 +83,7 @@ def accuracy_matrix(run: Run, *, scorer: str = "strict", theme: str = "light", m
         title=_TITLES[scorer],
         reading_aid=_AIDS[scorer],
         metric="accuracy" if share else "nll",
-        height=max(30 * len(tasks), 120) if len(tasks) <= 12 else 22 * len(tasks),
+        height=int(len(tasks) * min(44.0, max(24.0, 300 / len(tasks)))),
         bottom=bottom_room(axis),
     )
 
@@ -119,7 +119,7 @@ def _cells(
         name=name,
         x=checkpoints,
         y=tasks,
-        z=grid.to_numpy(),
+        z=grid.to_numpy().tolist(),
         zmin=0,
         zmax=top,
         colorscale=[[i / (len(ramp) - 1), colour] for i, colour in enumerate(ramp)],

@@ -28,7 +28,7 @@ _TITLES = {
     "codrift_divergence": "Where {who} drifted: router and experts",
     "codrift_router": "Where the router moved {who}",
     "codrift_experts": "Where the experts changed under {who}",
-    "codrift_cross": "Where router and experts pushed {who} the same way",
+    "codrift_cross": "Where both pushed {who} the same way",
     "impact": "Where the drift of {who} matters for the module",
     "router_js": "Where {who} was sent to other experts",
 }
@@ -160,7 +160,7 @@ def _heat(frame: pd.DataFrame, sites: int, look: Theme, top: float, signed: bool
         name=metric,
         x=[int(c) for c in grid.columns],
         y=list(range(sites)),
-        z=grid.to_numpy(np.float64),
+        z=grid.to_numpy(np.float64).tolist(),
         zmin=-top if signed else 0,
         zmax=top,
         colorscale=[[i / (len(ramp) - 1), colour] for i, colour in enumerate(ramp)],

@@ -19,7 +19,7 @@ __all__ = ["BAR_METRICS", "method_bars"]
 BAR_METRICS = {
     "AP": "AP, final accuracy",
     "BWT_T": "BWT_T, backward transfer",
-    "router_js": "router divergence",
+    "router_js": "routing drift",
     "codrift_divergence": "co-drift divergence",
 }
 """What the bars show by default, with panel titles (any numeric column of `driftlens.compare` may be asked for)."""

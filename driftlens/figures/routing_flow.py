@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from driftlens.figures.axes import bottom_room, checkpoint_axis, mark_anchor
 from driftlens.figures.registry import FIGURES, FigureKind
 from driftlens.figures.tables import routing_table
-from driftlens.figures.text import finish, percent, plain
+from driftlens.figures.text import finish, percent, plain, short_site
 from driftlens.figures.theme import Theme, expert_colour, theme_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def routing_flow(run: Run, *, probe: str | None = None, site: str | None = None,
     if anchor >= 0:
         mark_anchor(figure, look, anchor)
     figure.update_layout(hovermode="x unified", legend=_legend())
-    where = "all sites" if site is None else plain(site.rsplit("layers.", 1)[-1], 28)
+    where = "all sites" if site is None else _label(run, site)
     return finish(
         figure,
         look,
@@ -96,24 +96,30 @@ def routing_multiples(run: Run, *, site: str | None = None, theme: str = "light"
         if anchor >= 0:
             figure.add_vline(x=anchor, line={"color": look.ink, "width": 1.2, "dash": "dash"}, row=row, col=column)
     axis = _flow_axis(frame, short=True)
-    title = axis.pop("title_text")
+    title = "checkpoint"
+    axis.pop("title_text")
     figure.update_xaxes(**axis, tickfont={"size": 10.5, "color": look.muted})
     figure.update_xaxes(title_text=title, row=lines)
     axis["title_text"] = title
     figure.update_yaxes(range=[0, 1], tickformat=".0%", tickvals=[0, 0.5, 1], showgrid=False)
     figure.update_layout(hovermode="x unified", legend=_legend())
-    where = "mean of all sites" if site is None else plain(site.rsplit("layers.", 1)[-1], 28)
+    where = "mean of all sites" if site is None else _label(run, site)
     return finish(
         figure,
         look,
         name="routing_multiples",
-        title=f"Routing of every task over the checkpoints, {where}",
+        title=f"Routing of every task, {where}",
         reading_aid=_AID,
         metric="load",
         height=height,
         bottom=bottom_room(axis, -(-frame["expert"].nunique() // 5)),
         top=20,
     )
+
+
+def _label(run: Run, site: str) -> str:
+    place = run.drift.sel(site=site)
+    return short_site(site, int(place["layer"]), str(place["kind"].item()))
 
 
 def _first_probe(run: Run) -> str:

@@ -14,6 +14,7 @@ import xarray as xr
 
 from driftlens.analysis import REASONS
 from driftlens.errors import UnknownNameError
+from driftlens.metrics import MEASURES
 
 if TYPE_CHECKING:
     from driftlens.analysis import Run
@@ -34,24 +35,23 @@ SCORERS = {"strict": "exact answers", "lenient": "answers right but for form", "
 """What the accuracy figures can show, with a short label."""
 
 MAP_METRICS = {
-    "codrift_divergence": "Whole co-drift divergence",
-    "codrift_router": "Router part",
-    "codrift_experts": "Experts part",
-    "codrift_cross": "Cross term",
-    "impact": "Impact on the module's output",
-    "router_js": "Router divergence",
+    name: MEASURES[name].title
+    for name in ("codrift_divergence", "codrift_router", "codrift_experts", "codrift_cross", "impact", "router_js")
 }
-"""What the co-drift map can show, with a short label."""
+"""What the co-drift map can show, with its title."""
 
 LINE_METRICS = {
-    "router_js": "Router divergence",
-    "codrift_divergence": "Co-drift divergence",
-    "mass_moved": "Gate mass moved",
-    "top1_switch": "First expert changed",
-    "responsibility_divergence": "Responsibility divergence",
-    "impact": "Impact",
+    name: MEASURES[name].title
+    for name in (
+        "router_js",
+        "codrift_divergence",
+        "mass_moved",
+        "top1_switch",
+        "responsibility_divergence",
+        "impact",
+    )
 }
-"""What the drift lines can show, with a short label."""
+"""What the drift lines can show, with its title."""
 
 _DETAIL = (
     "codrift_divergence",

@@ -95,7 +95,7 @@ def finish(
             "y": 1,
             "yref": "container",
             "yanchor": "top",
-            "pad": {"t": 8 + _LINE * (len(lines) - 1), "l": 4},
+            "pad": {"t": 8 + _LINE * (len(lines) - 1), "l": 0},
         },
         margin={"l": 12, "r": 14, "t": above, "b": bottom},
         height=height + above + bottom,
