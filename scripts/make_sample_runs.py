@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/table"))
     parser.add_argument("--methods", nargs="*", default=["moe-lora", "pass-moe"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens-per-sample", type=int, default=6)
+    parser.add_argument("--tokens-per-sample", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("sample_runs"))
     args = parser.parse_args()

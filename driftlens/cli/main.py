@@ -76,7 +76,10 @@ def main() -> None:
         _fail(f"The operating system refused: {error.strerror or error}{where}.", 7)
     except SystemExit as done:
         if done.code == _INTERRUPTED:
-            _fail("Interrupted. What was finished is kept; run the same command again (training: with --resume).", _INTERRUPTED)
+            _fail(
+                "Interrupted. What was finished is kept; run the same command again (training: with --resume).",
+                _INTERRUPTED,
+            )
         raise
 
 

@@ -363,7 +363,11 @@ class _CheckpointWriter:
         done = self.runner.names[: self.index + 1]
         for table in ("scores", "train_log"):
             # the checkpoint before the first task has scores, but no training log
-            parts = [out / "checkpoints" / name / f"{table}.parquet" for name in done if (name, table) != (START, "train_log")]
+            parts = [
+                out / "checkpoints" / name / f"{table}.parquet"
+                for name in done
+                if (name, table) != (START, "train_log")
+            ]
             if parts:
                 with atomic_file(out / f"{table}.parquet") as partial:
                     frames = [pd.read_parquet(part) for part in parts]
