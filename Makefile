@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Wheels of the CPU build are taken where pip finds them; constraints.txt pins every version that was tested.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-browser lint types imports check samples bench clean
+.PHONY: help demo test test-slow lint types imports check clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -34,6 +34,9 @@ from driftlens.errors import ConfigError, FormatError, NotFoundError, SiteError
 
 __all__ = ["DTYPES", "Backbone", "decoder_layers", "load_backbone", "load_projector"]
 
+_ANSWER_ROOM = 64
+"""Tokens of a foreign model's context that are left for template and answer."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -183,7 +186,10 @@ def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
         if hasattr(config, "vision_config"):
             model, encoder = _vision_language(base, config, tokenizer, dtype)
         else:
-            model, encoder = AutoModelForCausalLM.from_pretrained(base, dtype=dtype), Encoder(tokenizer)
+            model, encoder = (
+                AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
+                Encoder(tokenizer, **_room(config)),
+            )
     except (OSError, ValueError) as error:
         raise NotFoundError(f"The weights of {base!r} cannot be loaded: {_first_line(error)}") from error
     return Backbone(base, _hash_weights(base, model), model, encoder)
@@ -205,7 +211,14 @@ def _vision_language(base: str, config: Any, tokenizer: Any, dtype: torch.dtype)
 
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     made: ImageTransform = transform
-    return model, Encoder(tokenizer, int(image_token), int(length), made)
+    return model, Encoder(tokenizer, int(image_token), int(length), made, **_room(config))
+
+
+def _room(config: Any) -> dict[str, int]:
+    """Return the longest prompt that leaves room for an image and an answer in the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    taken = int(getattr(config, "image_seq_length", None) or 0) + _ANSWER_ROOM
+    return {"max_prompt_tokens": int(context) - taken} if context and int(context) > 2 * taken else {}
 
 
 def _hash_weights(base: str, model: PreTrainedModel) -> str:

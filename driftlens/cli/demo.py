@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,4 +49,6 @@ def demo(
         "how far the sites' function moved on old probes (0..1). gate_entropy: 1 means the gate does not choose.",
         quiet or as_json,
     )
-    note(f"Look at it:  streamlit run app/main.py -- {out}", as_json)
+    streamlit = Path(sys.executable).with_name("streamlit")
+    shown = streamlit.relative_to(Path.cwd()) if streamlit.is_relative_to(Path.cwd()) else streamlit
+    note(f"Look at it:  {shown} run app/main.py -- {out}", as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -67,6 +68,8 @@ _register()
 
 def main() -> None:
     """Run the command line; a known error is one message on stderr and its documented exit code."""
+    # Deprecations inside the libraries are for their authors, not for those who run a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except DriftLensError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from driftlens.cli.common import JsonOption, QuietOption, emit, note, progress_bar
-from driftlens.errors import ConfigError
+from driftlens.errors import ConfigError, NotFoundError
 
 __all__ = ["train"]
 
@@ -19,6 +19,7 @@ def train(
         typer.Argument(metavar="[CONFIG.yaml] [key=value ...]", help="Configuration file or preset, and overrides."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder to write.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model: builtin, a hub id or a folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would happen and what it costs.")] = False,
     as_json: JsonOption = False,
@@ -29,8 +30,14 @@ def train(
 
     words = list(arguments or [])
     path: str | Path | None = words.pop(0) if words and "=" not in words[0] else None
-    if path is None and resume and out is not None and (out / "config.yaml").is_file():
+    if base is not None:
+        words.append(f"base={base}")
+    if path is None and resume and out is not None:
         path = out / "config.yaml"
+        if not path.is_file():
+            raise NotFoundError(
+                f"There is no run to resume in {out}: no config.yaml. Start without --resume, or name a configuration."
+            )
     config = load_config(path, words)
     if dry_run:
         from driftlens.training.costs import estimate_costs

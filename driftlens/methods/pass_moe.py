@@ -264,9 +264,10 @@ def _watch_sites(model: nn.Module, token_mask: Any, update: Any) -> Iterator[Any
             if name in seen:
                 return
             seen.add(name)
-            keep = token_mask().bool()
+            # Flat, because some decoders (OPT) hand [batch * n, d] to their feed-forward layers.
+            keep = token_mask().bool().flatten()
             with torch.no_grad():
-                update(name, gate.detach()[keep].float(), args[1].detach()[keep].float())
+                update(name, gate.detach().flatten(0, -2)[keep].float(), args[1].detach().flatten(0, -3)[keep].float())
 
         return hook
 

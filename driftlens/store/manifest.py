@@ -22,7 +22,7 @@ UNLISTED: Final = ("analysis.h5",)
 """Files of a run that are derived from listed ones, checked by their own keys and made again when missing."""
 _MAX_BYTES: Final = 64 << 20
 _ADVICE: Final = "Restore it from a copy; a run that was interrupted is completed by `driftlens train --resume`."
-_RESTORE: Final = "It was changed after it was finished: restore it, or resume the run to make it again."
+_RESTORE: Final = "It was changed after it was finished: restore it from a copy."
 _TEXT_FIELDS: Final = ("created", "config_hash", "stream_sha256", "probes_sha256")
 
 
@@ -154,7 +154,7 @@ class Manifest:
         for name, entry in sorted(self.files.items()):
             file = self.run / name
             if file.is_symlink() or not file.is_file():
-                found.append(Problem(str(file), "is listed in the manifest but is no file. Restore it, or resume."))
+                found.append(Problem(str(file), "is listed in the manifest but is no file. Restore it from a copy."))
                 continue
             size = file.stat().st_size
             if size != entry.size:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers.trainer_utils import SchedulerType
 
 from driftlens.errors import ConfigError, NotFoundError, UnknownNameError, nearest_name
 from driftlens.methods import METHODS, AdapterOptions, Method, create_method
@@ -52,10 +53,10 @@ class TrainingOptions(_Section):
 
     steps_per_task: int = Field(default=50, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     lr_scheduler: str = "cosine"
     warmup: float = Field(default=0.1, ge=0, description="share of a task's steps (below 1) or number of steps")
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0)
     seed: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
@@ -194,6 +195,9 @@ def _check_names(config: RunConfig) -> list[str]:
             problems.append(str(error))
         except ValidationError as error:
             problems += _explain(error, METHODS.get(config.method_name).Options, ("method",))
+    schedules = [str(kind.value) for kind in SchedulerType]
+    if config.training.lr_scheduler not in schedules:
+        problems.append(str(UnknownNameError("learning-rate schedule", config.training.lr_scheduler, schedules)))
     try:
         STREAMS.get(config.stream.name)
     except UnknownNameError as error:

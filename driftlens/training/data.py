@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +21,7 @@ from driftlens.backbones import Encoded, collate
 from driftlens.backbones.prefix import FrozenPrefix, PrefixStates
 from driftlens.store import atomic_file
 
-__all__ = ["EncodedTask", "TrainingCollator", "cached_states", "last_positions"]
+__all__ = ["EncodedTask", "TrainingCollator", "cached_states", "disk_errors", "last_positions"]
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,23 @@ def cached_states(
     states = prefix.compute(samples, batch_size, device)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
+        with atomic_file(path) as partial, disk_errors():
             save_file({"hidden": states.hidden.cpu(), "offsets": torch.tensor(states.offsets)}, partial)
     if progress is not None:
         progress()
     return states
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors says of a disk that refuses into the operating system's own error."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _read(path: Path, device: torch.device) -> PrefixStates:

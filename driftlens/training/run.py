@@ -27,13 +27,13 @@ from transformers import set_seed
 from driftlens import __version__
 from driftlens.backbones import Backbone, decoder_layers, default_cache_dir, load_backbone
 from driftlens.backbones.prefix import FrozenPrefix
-from driftlens.errors import ConfigError
+from driftlens.errors import ConfigError, FormatError, NotFoundError
 from driftlens.methods import Method, TaskContext
 from driftlens.store import Manifest, RunLock, atomic_file, atomic_folder
 from driftlens.store.manifest import MANIFEST_NAME
 from driftlens.streams import Stream, Task, load_stream
 from driftlens.training.config import RunConfig
-from driftlens.training.data import EncodedTask, TrainingCollator, cached_states
+from driftlens.training.data import EncodedTask, TrainingCollator, cached_states, disk_errors
 from driftlens.training.evaluate import TaskScorer
 from driftlens.training.task_trainer import TaskTrainer, derived_seed
 
@@ -129,6 +129,9 @@ class _Runner:
 
     def _run(self) -> Path:
         finished = self._finished()
+        if finished:
+            self._check_checkpoints()
+            self._merge_tables(finished - 1)
         if finished == len(self.names) and self.manifest.complete:
             self._advance(self._total, "the run is complete")
             return self.out
@@ -140,6 +143,8 @@ class _Runner:
             )
         method = self.config.create_method()
         model = self._adapted_model(backbone, method, finished)
+        if finished == 0:
+            self._begin()
         prefix = self._prefix(model, backbone)
         scorers = self._scorers(backbone, prefix)
         if finished == 0:
@@ -160,7 +165,11 @@ class _Runner:
 
     def _open_manifest(self, resume: bool) -> Manifest:
         if not (self.out / MANIFEST_NAME).is_file():
-            manifest = Manifest(
+            if resume:
+                raise NotFoundError(
+                    f"There is no run to resume in {self.out}: no manifest.json. Start it without --resume."
+                )
+            return Manifest(
                 self.out,
                 config_hash=self.config.digest(),
                 stream_sha256=self.stream.sha256,
@@ -168,11 +177,6 @@ class _Runner:
                 seed=self.config.training.seed,
                 versions=_versions(),
             )
-            with atomic_file(self.out / "config.yaml") as partial:
-                partial.write_text(self.config.to_yaml(), encoding="utf-8")
-            manifest.add("config.yaml")
-            manifest.save()
-            return manifest
         if not resume:
             raise ConfigError(
                 f"{self.out} already holds a run. Use --resume to continue it, or choose another --out; "
@@ -190,6 +194,24 @@ class _Runner:
                 )
         return manifest
 
+    def _begin(self) -> None:
+        """Write configuration and manifest; a configuration that cannot work has failed before and left nothing."""
+        with atomic_file(self.out / "config.yaml") as partial:
+            partial.write_text(self.config.to_yaml(), encoding="utf-8")
+        self.manifest.add("config.yaml")
+        self.manifest.save()
+
+    def _check_checkpoints(self) -> None:
+        """Refuse to continue from checkpoints that are not what was written."""
+        files = {str(self.out / name) for name in self.manifest.files if name.startswith("checkpoints/")}
+        damaged = [problem for problem in self.manifest.verify() if problem.path in files]
+        if damaged:
+            listing = "\n".join(f"  - {problem.path} {problem.what}" for problem in damaged)
+            raise FormatError(
+                f"{self.out} cannot be resumed, {len(damaged)} file(s) of its checkpoints are damaged:\n{listing}\n"
+                "Restore them from a copy, or train again into another --out; nothing was changed."
+            )
+
     def _finished(self) -> int:
         """Return how many checkpoints are listed in the manifest, from the first on without a gap."""
         count = 0
@@ -199,8 +221,33 @@ class _Runner:
             count += 1
         return count
 
-    def _checkpoint(self, index: int, model: PeftModel, method: Method) -> _CheckpointWriter:
-        return _CheckpointWriter(self, index, model, method)
+    @contextmanager
+    def _checkpoint(self, index: int, model: PeftModel, method: Method) -> Iterator[Path]:
+        """Yield the folder of one checkpoint, add weights and state, rename it into place and list its files."""
+        folder = self.out / "checkpoints" / self.names[index]
+        folder.parent.mkdir(exist_ok=True)
+        # A folder of this name that the manifest does not list was left by a kill; it is made again.
+        with atomic_folder(folder, overwrite=True) as partial, disk_errors():
+            yield partial
+            # The base is frozen and its vocabulary unchanged; asking peft to check would ask a hub.
+            model.save_pretrained(str(partial), save_embedding_layers=False)
+            (partial / "README.md").unlink(missing_ok=True)
+            state = {name: value.contiguous().cpu() for name, value in method.state_dict().items()}
+            save_file(state, partial / "method_state.safetensors")
+        self.manifest.add(folder.relative_to(self.out))
+        self._merge_tables(index)
+
+    def _merge_tables(self, last: int) -> None:
+        """Write the run's tables from those of its checkpoints up to ``last``, and list them."""
+        for table in ("scores", "train_log"):
+            # the checkpoint before the first task has scores, but no training log
+            names = [name for name in self.names[: last + 1] if (name, table) != (START, "train_log")]
+            if names:
+                with atomic_file(self.out / f"{table}.parquet") as partial:
+                    frames = [pd.read_parquet(self.out / "checkpoints" / name / f"{table}.parquet") for name in names]
+                    pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
+                self.manifest.add(f"{table}.parquet")
+        self.manifest.save()
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -334,48 +381,6 @@ class _Runner:
         self._report(Progress(message, self._done, self._total))
 
 
-class _CheckpointWriter:
-    """Context of one checkpoint: yields the partial folder, then renames it, merges the tables, lists all files."""
-
-    def __init__(self, runner: _Runner, index: int, model: PeftModel, method: Method) -> None:
-        self.runner, self.index, self.model, self.method = runner, index, model, method
-        self.folder = runner.out / "checkpoints" / runner.names[index]
-
-    def __enter__(self) -> Path:
-        self.folder.parent.mkdir(exist_ok=True)
-        # A folder of this name that the manifest does not list was left by a kill; it is made again.
-        self._context = atomic_folder(self.folder, overwrite=True)
-        self.partial = self._context.__enter__()
-        return self.partial
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            # The base is frozen and its vocabulary unchanged; asking peft to check would ask a hub.
-            self.model.save_pretrained(str(self.partial), save_embedding_layers=False)
-            (self.partial / "README.md").unlink(missing_ok=True)
-            state = {name: value.contiguous().cpu() for name, value in self.method.state_dict().items()}
-            save_file(state, self.partial / "method_state.safetensors")
-        self._context.__exit__(*error)
-        if error[0] is not None:
-            return
-        manifest, out = self.runner.manifest, self.runner.out
-        manifest.add(self.folder.relative_to(out))
-        done = self.runner.names[: self.index + 1]
-        for table in ("scores", "train_log"):
-            # the checkpoint before the first task has scores, but no training log
-            parts = [
-                out / "checkpoints" / name / f"{table}.parquet"
-                for name in done
-                if (name, table) != (START, "train_log")
-            ]
-            if parts:
-                with atomic_file(out / f"{table}.parquet") as partial:
-                    frames = [pd.read_parquet(part) for part in parts]
-                    pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
-                manifest.add(f"{table}.parquet")
-        manifest.save()
-
-
 @contextmanager
 def _numerics(threads: int, matmul_precision: str) -> Iterator[None]:
     """Set what the same bytes depend on, and put the process back as it was."""
@@ -424,6 +429,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"training.device: {name!r} is no device. Allowed: auto, cpu, cuda, cuda:0, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device is 'cuda', but no CUDA device is available. Use training.device=auto.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch builds without CUDA assert
+        raise ConfigError(f"training.device is {name!r}, which this machine does not have. Use auto or cpu.") from error
     return device

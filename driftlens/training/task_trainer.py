@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from driftlens.adapters import iter_sites, load_balance_loss
+from driftlens.errors import DriftLensError
 from driftlens.methods import Method
 from driftlens.training.config import TrainingOptions
 from driftlens.training.data import EncodedTask, TrainingCollator
@@ -33,7 +34,7 @@ def training_arguments(
     options: TrainingOptions, *, device: torch.device, seed: int, scratch: Path
 ) -> TrainingArguments:
     """Return the Trainer's arguments for one task; nothing is written to ``scratch`` by the Trainer."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=options.steps_per_task,
         per_device_train_batch_size=options.batch_size,
@@ -55,6 +56,9 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    # One process drives one device: DataParallel would split the batch, but not the mask that the hooks use.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class _StepCallback(TrainerCallback):
@@ -133,9 +137,19 @@ class TaskTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log_frame(self, task_index: int, task: str) -> pd.DataFrame:
-        """Return the log of the task, one row per forward (columns: ``LOG_COLUMNS``)."""
+        """Return the log of the task, one row per forward (columns: ``LOG_COLUMNS``).
+
+        Raises:
+            DriftLensError: a loss was not finite.
+        """
         frame = pd.DataFrame([{key: float(value) for key, value in row.items()} for row in self._rows])
         frame["step"] = frame["step"].astype("int64")
+        broken = frame.loc[~np.isfinite(frame["loss"]), "step"]
+        if len(broken):
+            raise DriftLensError(
+                f"The loss of task {task!r} is no longer finite from step {broken.iloc[0]} of {len(frame)} on. What "
+                "was finished before this task is kept. Lower training.learning_rate, or set training.max_grad_norm."
+            )
         frame.insert(0, "task_index", task_index)
         frame.insert(1, "task", task)
         return frame[LOG_COLUMNS]
@@ -145,14 +159,15 @@ class TaskTrainer(Trainer):
 def _gate_entropy(model: nn.Module, token_mask: Tensor) -> Iterator[list[Tensor]]:
     """Collect each site's mean normalised gate entropy over real tokens; single-expert sites give nothing."""
     values: list[Tensor] = []
-    weight = token_mask / token_mask.sum()
+    weight = (token_mask / token_mask.sum()).flatten()
 
     def hook(_module: nn.Module, _args: Any, gate: Tensor) -> None:
         if gate.shape[-1] < 2:
             return
         with torch.no_grad():
-            entropy = torch.special.entr(gate.detach().float()).sum(dim=-1) / math.log(gate.shape[-1])
-            values.append((entropy * weight).sum())
+            # Some decoders (OPT) hand [batch * n, d] to their feed-forward layers.
+            entropy = torch.special.entr(gate.detach().float()).sum(dim=-1).flatten()
+            values.append((entropy * weight).sum() / math.log(gate.shape[-1]))
 
     handles = []
     try:

@@ -226,6 +226,47 @@ def test_a_corrupt_recording(cli, runs, tmp_path):
     assert cli("analyze", runs / "moe-lora", "--quiet")[0] == 0, "other runs are unaffected"
 
 
+@pytest.mark.parametrize("limit", [2_000, 9_000])
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs POSIX resource limits")
+def test_a_full_disk_while_training(limit, tmp_path):
+    config = write_config(tmp_path, {"name": "pass-moe"})
+    out = tmp_path / "run"
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"sys.argv = ['driftlens', 'train', {str(config)!r}, '--out', {str(out)!r}, '--quiet']\n"
+        "from driftlens.cli.main import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_configuration_that_cannot_work_leaves_nothing(cli, tmp_path):
+    out = tmp_path / "run"
+    for wrong in (
+        ("base=tiny-random", "adapter.target_modules=[foo]"),
+        ("base=tiny-random", "adapter.num_experts=0"),
+        ("base=tiny-random", "training.device=nowhere"),
+        ("base=tiny-random", "training.lr_scheduler=cosin"),
+        ("base=tiny-random", "training.learning_rate=.inf"),
+        (f"base={tmp_path / 'none'}",),
+    ):
+        code, _, err = cli("train", "stream.name=toy", "method.name=moe-lora", *wrong, "--out", out, "--quiet")
+        assert code in (2, 3), (wrong, err)
+        assert not (out / "manifest.json").exists()
+        assert not (out / "config.yaml").exists()
+
+
+def test_resume_without_a_run(cli, tmp_path):
+    code, _, err = cli("train", "--out", tmp_path / "typo", "--resume", "--quiet")
+    assert code == 3
+    assert "no run to resume" in err.replace("\n", " ")
+    assert not (tmp_path / "typo" / "manifest.json").exists()
+
+
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs POSIX resource limits")
 def test_a_full_disk_loses_nothing(runs, tmp_path):
     """A file-size limit makes the operating system refuse writes, as a full disk does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from driftlens.errors import ConfigError
+from driftlens.errors import ConfigError, DriftLensError, FormatError
 from driftlens.methods import METHODS
+from driftlens.store import Manifest
 from driftlens.training import train_run
 from driftlens.training.run import START, build_stream
 from tests.training.support import digests, tiny_config
@@ -146,6 +148,76 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     before = digests(out)
     train_run(tiny_config(), out, resume=True)
     assert digests(out) == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "method_state.safetensors", "scores.parquet"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_resume_refuses_a_damaged_checkpoint(name, damage, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = Manifest.load(run)
+    manifest.remove("checkpoints/03-shape")
+    manifest.complete = False
+    manifest.save()
+    file = run / "checkpoints/02-parity" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    {
+        "flip": lambda: file.write_bytes(content),
+        "cut": lambda: file.write_bytes(content[:-10]),
+        "gone": file.unlink,
+    }[damage]()
+    before = digests(run)
+    with pytest.raises(FormatError, match=r"(?s)cannot be resumed, 1 file\(s\).*02-parity"):
+        train_run(tiny_config(), run, resume=True)
+    assert digests(run) == before
+
+
+def test_resume_makes_the_merged_tables_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "scores.parquet").unlink()
+    train_run(tiny_config(), run, resume=True)
+    assert digests(run) == digests(finished[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finished(tmp_path):
+    config = tiny_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0, "steps_per_task": 8})
+    with pytest.raises(DriftLensError, match=r"loss of task 'colour' is no longer finite from step \d of 8"):
+        train_run(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [START]
+
+
+def test_decoders_that_flatten_their_tokens(tmp_path):
+    """OPT hands [batch * n, d] to its feed-forward layers; gates are then flat, and so must the mask be."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from driftlens.backbones.tiny import tiny_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    base = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+        )
+    )
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = tiny_config(
+        base=str(tmp_path / "base"),
+        stream={"tasks": ["parity"]},
+        adapter={"target_modules": ["fc1", "fc2"], "layers": [1]},
+        training={"steps_per_task": 2, "prefix_cache": "off"},
+    )
+    train_run(config, tmp_path / "run")
+    log = pd.read_parquet(tmp_path / "run/train_log.parquet")
+    assert log["gate_entropy"].between(0, 1).all()
 
 
 def test_stream_options_choose_tasks_and_sizes():
