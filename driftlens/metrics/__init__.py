@@ -11,6 +11,7 @@ Conventions, for every function here:
   are padded.
 """
 
+from driftlens.metrics.cka import cka, cka_from_grams
 from driftlens.metrics.codrift import CoDrift, CoDriftTokens, Impact, codrift, codrift_from_grams, expert_grams
 from driftlens.metrics.definitions import MEASURES, Definition
 from driftlens.metrics.importance import (
@@ -122,6 +123,8 @@ __all__ = [
     "bootstrap_mean",
     "bootstrap_ratio",
     "bootstrap_weights",
+    "cka",
+    "cka_from_grams",
     "coactivation",
     "coactivation_chance",
     "codrift",

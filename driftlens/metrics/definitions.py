@@ -239,6 +239,17 @@ _SUBSPACES = (
         undefined="the anchor's vector is 0",
         section="2",
     ),
+    Definition(
+        "cka",
+        "Output similarity (CKA)",
+        "HSIC(o anchor, o current) / sqrt(HSIC(o anchor) HSIC(o current)) over tokens, unbiased HSIC of linear kernels",
+        "about 0..1",
+        chance="0",
+        source="Kornblith et al.; debiased as Nguyen et al.",
+        undefined="fewer than 4 tokens, or an expert's outputs do not vary between tokens (B = 0)",
+        caveat="Blind to rotation, shift and size of the outputs: 1 does not say that they stayed. Below 0 is chance.",
+        section="2",
+    ),
 )
 
 _OUTPUTLESS = "the experts give no output (B = 0)"

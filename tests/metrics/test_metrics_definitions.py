@@ -16,7 +16,7 @@ COMPUTED_BY = {
     "principal_angles": "principal_angles", "grassmann_distance": "grassmann_distance",
     "active_overlap": "active_overlap", "active_rank": "active_rank", "output_overlap": "output_overlap",
     "rank_importance": "rank_importance", "importance_concentration": "importance_concentration",
-    "rank_update": "rank_update", "codrift_divergence": "codrift", "codrift_router": "codrift",
+    "rank_update": "rank_update", "cka": "cka", "codrift_divergence": "codrift", "codrift_router": "codrift",
     "codrift_experts": "codrift", "codrift_cross": "codrift", "coupling": "codrift", "codrift_share": "codrift",
     "impact": "CoDriftTokens", "responsibility_divergence": "responsibility_drift",
     "responsibility_router": "responsibility_drift", "responsibility_experts": "responsibility_drift",

@@ -47,6 +47,10 @@ SPECIAL = {
     "output_overlap": {"B0": ARGUMENTS["A0"].swapaxes(-1, -2), "B1": ARGUMENTS["A1"].swapaxes(-1, -2)},
     "rank_update_from_grams": dict.fromkeys(("gram00", "gram01", "gram11"), ARGUMENTS["gram00"]),
     "expert_blocks": {"gram": ARGUMENTS["G01"][:, :, :9]},
+    "cka_from_grams": {
+        "G00": m.expert_blocks(ARGUMENTS["G00"], EXPERTS),
+        "G11": m.expert_blocks(ARGUMENTS["G11"], EXPERTS + 2),
+    },
 }
 FREE_FORM = {  # broadcast or take any axis: their tests state the shapes
     "js_divergence", "normalised_entropy", "rank_update", "sample_means", "probe_mean", "resampled_means",
