@@ -73,7 +73,6 @@ def record_checkpoint(
     chosen = probes if isinstance(probes, ProbeSet) else None
     if chosen is None:
         chosen = ProbeSet.from_stream(load_stream("builtin")) if probes is None else load_probes(Path(str(probes)))
-    torch.set_flush_denormal(True)  # as in ``record_run``
     loaded = load_checkpoint(folder, base, device=_device(device))
     return record(
         loaded.model,
@@ -132,8 +131,6 @@ def record_run(
     """
     run = Path(run_folder)
     Manifest.load(run)  # before the lock, which would create the folder of a run that does not exist
-    # Saturated gates give denormal products, which slow some CPUs down; training does the same.
-    torch.set_flush_denormal(True)
     with RunLock(run):
         manifest = Manifest.load(run)
         config = _read_config(manifest)
