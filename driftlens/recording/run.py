@@ -199,7 +199,7 @@ class _RunRecorder:
             summaries.append(self._kept(target) or self._make(target))
             self._done += len(self.probes)
             self.manifest.probes_sha256 = self.probes.sha256
-            self.manifest.add(target.path)
+            self.manifest.add(target.path.relative_to(self.run))
             self.manifest.save()
         return summaries
 

@@ -76,6 +76,24 @@ def test_the_whole_path(cli, tmp_path):
     assert (code, json.loads(out)) == (0, [])
 
 
+def test_relative_paths(cli, tmp_path, monkeypatch):
+    """What the README writes: run folders relative to the current one, in every command."""
+    config = write_config(tmp_path, {"name": "moe-lora"}, training={"steps_per_task": 1}, stream={"tasks": ["colour"]})
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", config.name, "--out", "runs/deep/x", "--quiet")[0] == 0
+    for command in (
+        ("record", "--run", "runs/deep/x", "--quiet"),
+        ("record", "--run", "runs/deep/x", "--quiet"),
+        ("analyze", "runs/deep/x", "--quiet"),
+        ("compare", "runs/deep/x"),
+        ("verify", "runs/deep/x"),
+        ("ls", "runs/deep"),
+        ("train", "--out", "runs/deep/x", "--resume", "--quiet"),
+    ):
+        code, _, err = cli(*command)
+        assert code == 0, (command, err)
+
+
 def test_compare_prints_one_object_per_run(cli, runs):
     code, out, _ = cli("compare", runs / "moe-lora", runs / "pass-moe", "--json")
     rows = json.loads(out)
