@@ -50,7 +50,7 @@ def show(runs: dict[str, Loaded]) -> None:
     _cell_options(first)
     if len(runs) == 1:
         [(name, opened)] = runs.items()
-        wide, narrow = st.columns([3, 2], gap="large")
+        wide, narrow = st.columns([4, 3], gap="large")
         with wide:
             _map(name, opened.run, [opened.run], task, quantity, 0)
         with narrow:
@@ -89,7 +89,7 @@ def _map(name: str, run: Run, everyone: list[Run], task: str, quantity: str, pla
             most=map_range(everyone, quantity, task or None),
             selected=(cell[0], int(cell[1])) if all(cell) else None,
         )
-        chart(figure, codrift_table(run, quantity, task or None), key, on_select=clicked)
+        chart(figure, codrift_table(run, quantity, task or None), key, run=name, on_select=clicked)
 
 
 def _detail(runs: dict[str, Loaded], task: str) -> None:
@@ -121,7 +121,7 @@ def _detail(runs: dict[str, Loaded], task: str) -> None:
                 _numbers(rows, task, f"cell_{place}")
                 if task:
                     figure = routing_flow(opened.run, probe=task, site=site, theme=theme())
-                    chart(figure, routing_table(opened.run, task, site), f"cell_routing_{place}")
+                    chart(figure, routing_table(opened.run, task, site), f"cell_routing_{place}", run=name)
 
 
 def _blank(value: float) -> str:
@@ -152,6 +152,13 @@ def _numbers(rows: pd.DataFrame, task: str, key: str) -> None:
         shown = rows.pivot_table(index="quantity", columns="probe", values="value", dropna=False)
         shown = shown.loc[list(dict.fromkeys(rows["quantity"])), list(dict.fromkeys(rows["probe"]))].reset_index()
         shown[shown.columns[1:]] = shown[shown.columns[1:]].map(number)
-    st.dataframe(shown, hide_index=True, key=key, height="content", alt="Everything measured in the chosen cell")
+    st.dataframe(
+        shown,
+        hide_index=True,
+        key=key,
+        height="content",
+        column_config={"quantity": st.column_config.TextColumn(width=150)},
+        alt="Everything measured in the chosen cell",
+    )
     if task:
         st.caption("Unchanged: what the number reads between two recordings of one checkpoint (its noise floor).")

@@ -17,7 +17,7 @@ _LABELS = {"strict": "Exact", "lenient": "Form forgiven", "nll": "Surprise (nats
 def show(runs: dict[str, Loaded]) -> None:
     """Draw the accuracy matrix and the accuracy curves of every run."""
     st.header("What was forgotten", anchor="forgotten")
-    scorer = st.segmented_control(
+    chosen = st.segmented_control(
         "How answers are scored",
         state.options("scorer", list(SCORERS)),
         key="scorer",
@@ -26,6 +26,7 @@ def show(runs: dict[str, Loaded]) -> None:
         help="Exact: letter by letter. Form forgiven: case, punctuation, articles and number words do not count. "
         "Surprise: how unlikely the right answer was to the model; lower is better.",
     )
+    scorer = chosen or "strict"
     most = None
     if scorer == "nll":
         with guard("Scores"):
@@ -49,10 +50,10 @@ def show(runs: dict[str, Loaded]) -> None:
 def _matrix(name: str, opened: Loaded, scorer: str, most: float | None, place: int) -> None:
     with guard(f"Accuracy matrix of {name}"):
         figure = accuracy_matrix(opened.run, scorer=scorer, theme=theme(), most=most)
-        chart(figure, accuracy_table(opened.run, scorer), f"accuracy_matrix_{place}")
+        chart(figure, accuracy_table(opened.run, scorer), f"accuracy_matrix_{place}", run=name)
 
 
 def _curves(name: str, opened: Loaded, scorer: str, most: float | None, place: int) -> None:
     with guard(f"Accuracy curves of {name}"):
         figure = accuracy_curves(opened.run, scorer=scorer, theme=theme(), most=most)
-        chart(figure, accuracy_table(opened.run, scorer), f"accuracy_curves_{place}")
+        chart(figure, accuracy_table(opened.run, scorer), f"accuracy_curves_{place}", run=name)

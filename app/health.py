@@ -64,5 +64,5 @@ def _drift_badges(opened: Loaded) -> None:
             f"near-uniform gates {100 * share:.0f} %",
             icon=":material/balance:",
             color="green" if share == 0 else "orange" if share < 1 else "red",
-            help="Share of sites whose gate entropy is above 0.99: a gate that never routed cannot drift.",
+            help="Share of sites with a gate entropy above 0.99 at the last checkpoint: such gates cannot drift.",
         )

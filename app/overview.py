@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from app import compared, drifted, forgotten, headline, health, routed, sources, state, style
-from app.parts import guard, safe
+from app.parts import complain, safe
 from app.sources import Loaded
 from driftlens.analysis import RunEntry
 from driftlens.errors import DriftLensError
@@ -80,10 +80,11 @@ def _choose(folder: Path, found: dict[str, RunEntry]) -> list[str]:
 
 def _open(folder: Path, entry: RunEntry) -> Loaded | None:
     """Open a run; show what is wrong in its place and return None if it cannot be read."""
-    name = entry.path.relative_to(folder).as_posix()
-    with guard(f"{name} cannot be read"):
+    try:
         return sources.load(entry.path)
-    return None
+    except (DriftLensError, OSError) as error:
+        complain(f"{entry.path.relative_to(folder).as_posix()} cannot be read", error)
+        return None
 
 
 def _title(found: dict[str, RunEntry], chosen: list[str], loaded: dict[str, Loaded | None]) -> None:
@@ -105,7 +106,7 @@ def _sections(runs: dict[str, Loaded]) -> None:
     measured = {name: opened for name, opened in runs.items() if opened.drift_error is None}
     for name, opened in runs.items():
         if opened.drift_error is not None:
-            st.error(f"**No drift to show for {safe(name)}**  \n{safe(opened.drift_error)}", icon=":material/error:")
+            complain(f"No drift to show for {name}", opened.drift_error)
     if measured:
         drifted.show(measured)
         routed.show(measured)

@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from driftlens.errors import DriftLensError
-from driftlens.figures import CONFIG, csv_text, definition_of
+from driftlens.figures import CONFIG, csv_text, definition_of, name_run
 
-__all__ = ["chart", "definition", "guard", "safe", "theme"]
+__all__ = ["chart", "complain", "definition", "guard", "safe", "theme"]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>$~:&^=])")
 
@@ -35,7 +35,12 @@ def guard(what: str) -> Iterator[None]:
     try:
         yield
     except (DriftLensError, OSError) as error:
-        st.error(f"**{safe(what)}**  \n{safe(error)}", icon=":material/error:")
+        complain(what, error)
+
+
+def complain(what: str, error: object) -> None:
+    """Show that ``what`` failed, and why, where it would have stood."""
+    st.error(f"**{safe(what)}**  \n{safe(error)}", icon=":material/error:")
 
 
 def definition(metric: str) -> None:
@@ -61,6 +66,7 @@ def chart(
     rows: pd.DataFrame,
     key: str,
     *,
+    run: str = "",
     on_select: Callable[[], None] | None = None,
 ) -> None:
     """Show a figure with its reading aid, its definition one click away and its rows as CSV.
@@ -69,8 +75,11 @@ def chart(
         figure: as `driftlens.figures` draws it.
         rows: exactly what it shows.
         key: unique on the page; also the name of the file.
+        run: name of the run, written under the title where two runs stand side by side.
         on_select: called when the reader selects a point.
     """
+    if run and st.session_state["beside"]:
+        name_run(figure, run)
     with st.container(gap="xsmall"):
         _chart(figure, rows, key, on_select)
 

@@ -20,6 +20,7 @@ DEFAULTS = {
     "quantity": "codrift_divergence",
     "site": "",
     "checkpoint": "",
+    "at": "",
 }
 """Every key of the view state with the value that the address leaves out."""
 

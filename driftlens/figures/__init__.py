@@ -22,7 +22,7 @@ from driftlens.figures.tables import (
     drift_table,
     routing_table,
 )
-from driftlens.figures.text import interval, number, plain
+from driftlens.figures.text import interval, name_run, number, plain
 from driftlens.figures.theme import CONFIG, THEMES
 from driftlens.figures.words import CAPTIONS, definition_of
 
@@ -52,6 +52,7 @@ __all__ = [
     "line_top",
     "map_range",
     "method_bars",
+    "name_run",
     "number",
     "plain",
     "routing_flow",

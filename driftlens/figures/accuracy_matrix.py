@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from driftlens.figures.axes import bottom_room, checkpoint_axis
 from driftlens.figures.registry import FIGURES, FigureKind
 from driftlens.figures.tables import accuracy_table
 from driftlens.figures.text import finish, number, plain, ticks
-from driftlens.figures.theme import Theme, theme_of
+from driftlens.figures.theme import ink_on, ramp_colour, theme_of
 
 if TYPE_CHECKING:
     from driftlens.analysis import Run
@@ -56,7 +57,9 @@ def accuracy_matrix(run: Run, *, scorer: str = "strict", theme: str = "light", m
     figure = go.Figure()
     for old, state_name in ((False, "not learned yet"), (True, "learned")):
         part = frame[(frame["state"] != "not learned yet") == old]
-        figure.add_trace(_cells(part, checkpoints, tasks, look, scorer, top, state_name))
+        ramp = look.unlearned if not old else look.scores if share else look.drift
+        figure.add_trace(_cells(part, checkpoints, tasks, ramp, scorer, top, state_name))
+        figure.add_trace(_values(part[part["value"].notna()], ramp, share, top, state_name))
     for checkpoint in checkpoints:
         if checkpoint in tasks:
             figure.add_shape(
@@ -93,14 +96,17 @@ def _unique(frame: pd.DataFrame, column: str) -> list[int]:
 
 
 def _cells(
-    part: pd.DataFrame, checkpoints: list[int], tasks: list[int], look: Theme, scorer: str, top: float, name: str
+    part: pd.DataFrame,
+    checkpoints: list[int],
+    tasks: list[int],
+    ramp: Sequence[str],
+    scorer: str,
+    top: float,
+    name: str,
 ) -> go.Heatmap:
     share = scorer != "nll"
     grid = part.pivot_table(index="task_index", columns="checkpoint", values="value", dropna=False)
     grid = grid.reindex(index=tasks, columns=checkpoints)
-    words = [
-        ["" if np.isnan(v) else (f"{100 * v:.0f}" if share else f"{v:.2f}") for v in row] for row in grid.to_numpy()
-    ]
     counts = part.pivot_table(index="task_index", columns="checkpoint", values="n", dropna=False)
     counts = counts.reindex(index=tasks, columns=checkpoints)
     titles = part.drop_duplicates("task_index").set_index("task_index")["task"].to_dict()
@@ -114,7 +120,6 @@ def _cells(
         ]
         for t, row, ns in zip(tasks, grid.to_numpy(), counts.to_numpy(), strict=True)
     ]
-    ramp = (look.scores if share else look.drift) if name == "learned" else look.unlearned
     return go.Heatmap(
         name=name,
         x=checkpoints,
@@ -124,14 +129,25 @@ def _cells(
         zmax=top,
         colorscale=[[i / (len(ramp) - 1), colour] for i, colour in enumerate(ramp)],
         showscale=False,
-        text=words,
-        texttemplate="%{text}",
-        textfont={"size": 12},
         hovertext=hover,
         hoverinfo="text",
         hoverongaps=False,
         xgap=3,
         ygap=3,
+    )
+
+
+def _values(part: pd.DataFrame, ramp: Sequence[str], share: bool, top: float, name: str) -> go.Scatter:
+    """Return the printed values, each in the ink that can be read on its cell."""
+    return go.Scatter(
+        name=f"{name}: values",
+        x=part["checkpoint"].tolist(),
+        y=part["task_index"].tolist(),
+        text=[f"{100 * value:.0f}" if share else f"{value:.2f}" for value in part["value"]],
+        mode="text",
+        textfont={"size": 12.5, "color": [ink_on(ramp_colour(ramp, value / top)) for value in part["value"]]},
+        hoverinfo="skip",
+        showlegend=False,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def codrift_map(
     signed = metric == "codrift_cross"
     top = most or float(frame["value"].abs().max() if len(frame) else 0.0)
     top = top if top > 0 and math.isfinite(top) else 1.0
-    per_row = min(24.0, max(3.0, 520 / len(sites)))
+    per_row = min(34.0, max(3.0, 540 / len(sites)))
     figure = go.Figure(_heat(frame, len(sites), look, top, signed, metric))
     _add_marks(figure, frame, look, per_row)
     figure.add_trace(_hits(frame, per_row))
@@ -215,7 +216,7 @@ def _hits(frame: pd.DataFrame, per_row: float) -> go.Scatter:
     )
 
 
-def _hover(row: dict[str, Any]) -> str:
+def _hover(row: Mapping[Hashable, Any]) -> str:
     lines = [
         f"<b>{plain(row['site'], 60)}</b>",
         f"{plain(row['probe'])} after {checkpoint_label(str(row['checkpoint_name']))}",

@@ -145,12 +145,12 @@ def _legend() -> dict[str, object]:
 def _areas(frame: pd.DataFrame, look: Theme, *, legend: bool) -> list[go.Scatter]:
     alone = len(set(frame["checkpoint"])) == 1
     traces = []
-    for expert, part in frame.groupby("expert"):
-        colour = expert_colour(look, int(expert))
+    for expert in sorted(int(value) for value in frame["expert"].unique()):
+        part, colour = frame[frame["expert"] == expert], expert_colour(look, expert)
         traces.append(
             go.Scatter(
-                name=f"expert {int(expert)}",
-                legendgroup=f"expert {int(expert)}",
+                name=f"expert {expert}",
+                legendgroup=f"expert {expert}",
                 showlegend=legend,
                 x=part["checkpoint"].tolist(),
                 y=part["share"].tolist(),

@@ -114,8 +114,8 @@ def accuracy_table(run: Run, scorer: str = "strict") -> pd.DataFrame:
             "n": scores["n"].transpose("checkpoint", "task").to_numpy().ravel(),
         }
     )
-    age = np.sign(frame["checkpoint"] - frame["task_index"])
-    frame["state"] = age.map({-1: "not learned yet", 0: "just learned", 1: "old"})
+    age = (frame["checkpoint"] - frame["task_index"]).to_numpy()
+    frame["state"] = np.select([age < 0, age == 0], ["not learned yet", "just learned"], "old")
     return frame
 
 
@@ -158,7 +158,7 @@ def codrift_table(run: Run, metric: str = "codrift_divergence", probe: str | Non
             chance=_like(part, metric, "chance").ravel(),
             specialisation=run.drift["specialisation"].sel(checkpoint=checkpoint).to_numpy(),
             near_uniform=drift["near_uniform"].sel(checkpoint=checkpoint).to_numpy().astype(bool),
-            undefined=[None if code == 0 else REASONS[int(code)] for code in codes],
+            undefined=_texts([None if code == 0 else REASONS[int(code)] for code in codes]),
             old_tasks=1,
         )
         rows.append(frame)
@@ -191,11 +191,15 @@ def _mean_map(run: Run, data: xr.Dataset, metric: str) -> pd.DataFrame:
             chance=np.nan,
             specialisation=run.drift["specialisation"].sel(checkpoint=checkpoint).to_numpy(),
             near_uniform=uniform.to_numpy().mean(axis=0) >= 0.5,
-            undefined=[REASONS[int(code)] if gone else None for code, gone in zip(codes[0], undefined, strict=True)],
+            undefined=_texts([REASONS[int(c)] if gone else None for c, gone in zip(codes[0], undefined, strict=True)]),
             old_tasks=averaged,
         )
         rows.append(frame)
     return _concat(rows)
+
+
+def _texts(values: list[str | None]) -> pd.Series[Any]:
+    return pd.Series(values, dtype=object)
 
 
 def _nanmax(values: np.ndarray) -> np.ndarray:
@@ -355,6 +359,6 @@ def csv_text(frame: pd.DataFrame) -> str:
     safe = frame.copy()
     for column in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[column]):
-            safe[column] = [tame(value) for value in safe[column]]
+            safe[column] = pd.Series([tame(value) for value in safe[column]], index=safe.index, dtype=object)
     safe.columns = [tame(str(column)) for column in safe.columns]
     return safe.to_csv(index=False)

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 from driftlens.figures.theme import Theme, template
 
-__all__ = ["finish", "interval", "number", "percent", "plain", "short_site", "ticks"]
+__all__ = ["finish", "interval", "name_run", "number", "percent", "plain", "short_site", "ticks"]
 
 _TITLE_WIDTH, _LINE = 46, 20
 
@@ -102,4 +102,14 @@ def finish(
         meta={"figure": name, "metric": metric, "reading_aid": reading_aid},
         separators=". ",
     )
+    return figure
+
+
+def name_run(figure: go.Figure, name: str) -> go.Figure:
+    """Write a run's name under the title of a finished ``figure``, for several runs side by side; return it."""
+    title, room = figure.layout.title, figure.layout.margin.t + _LINE
+    colour = figure.layout.template.layout.xaxis.tickfont.color
+    text = f'{title.text}<br><span style="font-size:13px;color:{colour}">{plain(name, 44)}</span>'
+    figure.update_layout(title={"text": text, "pad": {"t": title.pad.t + _LINE}}, margin={"t": room})
+    figure.update_layout(height=figure.layout.height + _LINE)
     return figure

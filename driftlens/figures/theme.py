@@ -24,7 +24,10 @@ __all__ = [
     "Theme",
     "ThemeName",
     "expert_colour",
+    "ink_on",
     "method_colour",
+    "ramp_colour",
+    "relative_luminance",
     "task_style",
     "template",
     "theme_of",
@@ -33,6 +36,7 @@ __all__ = [
 
 ThemeName = Literal["light", "dark"]
 
+_DARK_INK = "#10151d"
 _FONT = '"Source Sans", "Source Sans 3", "Segoe UI", "Helvetica Neue", Arial, sans-serif'
 
 
@@ -172,6 +176,31 @@ def with_alpha(colour: str, alpha: float) -> str:
     """Return the hex ``colour`` as an ``rgba()`` string with opacity ``alpha`` (0..1)."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+def ramp_colour(ramp: Sequence[str], share: float) -> str:
+    """Return the hex colour at ``share`` (0..1, clipped) of ``ramp``, interpolated as Plotly does."""
+    place = min(max(share, 0.0), 1.0) * (len(ramp) - 1)
+    low = min(int(place), len(ramp) - 2)
+    pairs = ((int(ramp[low][i : i + 2], 16), int(ramp[low + 1][i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in pairs)
+
+
+def relative_luminance(colour: str) -> float:
+    """Return the WCAG relative luminance (0 black .. 1 white) of a hex colour."""
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def ink_on(colour: str) -> str:
+    """Return white or near-black, whichever can be read better on ``colour``."""
+    luminance = relative_luminance(colour)
+    return (
+        "#ffffff"
+        if 1.05 / (luminance + 0.05) > (luminance + 0.05) / (relative_luminance(_DARK_INK) + 0.05)
+        else _DARK_INK
+    )
 
 
 def task_style(theme: Theme, position: int) -> tuple[str, str, str]:

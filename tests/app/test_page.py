@@ -87,6 +87,7 @@ def test_an_address_opens_its_view_and_what_is_chosen_goes_to_the_address(page: 
         "quantity": "router_js",
         "site": "model.layers.0.mlp.down_proj",
         "checkpoint": "3",
+        "at": "model.layers.0.mlp.up_proj",
     }
     app = page(**view)
     assert not app.exception
@@ -101,7 +102,15 @@ def test_an_address_opens_its_view_and_what_is_chosen_goes_to_the_address(page: 
 
 def test_an_address_with_nonsense_falls_back(page: Any) -> None:
     app = page(
-        run="../../etc", beside="nowhere", scorer="x", task="<b>", quantity="q", site="s", checkpoint="99", other="1"
+        run="../../etc",
+        beside="nowhere",
+        scorer="x",
+        task="<b>",
+        quantity="q",
+        site="s",
+        checkpoint="99",
+        at="s",
+        other="1",
     )
     assert not app.exception
     assert not app.error
@@ -177,10 +186,10 @@ def test_names_from_files_are_shown_letter_by_letter(page: Any, tmp_path: Path) 
     from app.parts import safe
     from tests.analysis.synthetic import make_run
 
-    make_run(tmp_path / "x", tasks=("<b>[a](b:c)", ":red[y] $z$"), sites=2, samples=3, tokens_per_sample=3)
-    app = page(tmp_path, task="<b>[a](b:c)")
+    make_run(tmp_path / "x", tasks=("<b>[a](b)", "*red* $z$"), sites=2, samples=3, tokens_per_sample=3)
+    app = page(tmp_path, task="<b>[a](b)")
     assert not app.exception
-    assert safe("<b>[a](b:c)") == r"\<b\>\[a\]\(b\:c\)"
+    assert safe("<b>[a](b)") == r"\<b\>\[a\]\(b\)"
     line = next(element.value for element in app.markdown if "on 2 tasks" in element.value)
-    assert r"\<b\>\[a\]\(b\:c\)" in line
-    assert r"\:red\[y\] \$z\$" in line
+    assert r"\<b\>\[a\]\(b\)" in line
+    assert r"\*red\* \$z\$" in line

@@ -13,7 +13,15 @@ import pytest
 
 from driftlens import figures
 from driftlens.analysis import Run
-from driftlens.figures.theme import THEMES, method_colour, task_style, theme_of
+from driftlens.figures.theme import (
+    THEMES,
+    ink_on,
+    method_colour,
+    ramp_colour,
+    relative_luminance,
+    task_style,
+    theme_of,
+)
 from driftlens.metrics.undefined import Reason
 from tests.figures.conftest import HOSTILE
 
@@ -22,11 +30,6 @@ ON_RUNS = [name for name in figures.FIGURES if figures.FIGURES.get(name).subject
 
 def traces(figure: go.Figure) -> dict[str, go.Scatter]:
     return {trace.name: trace for trace in figure.data}
-
-
-def luminance(colour: str) -> float:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
 
 
 def test_undefined_cells_are_marked_and_not_zero(run: Run, changed: Callable[..., Any]) -> None:
@@ -151,16 +154,34 @@ def test_csv_holds_the_rows_and_no_formula(hostile: Run) -> None:
 def test_ramps_are_monotone_in_lightness_and_palettes_distinct(theme: str) -> None:
     look = THEMES[theme]
     for ramp in (look.scores, look.unlearned, look.drift):
-        steps = np.diff([luminance(colour) for colour in ramp])
+        steps = np.diff([relative_luminance(colour) for colour in ramp])
         assert (steps < 0).all() or (steps > 0).all()
     half = len(look.signed) // 2
     for arm in (look.signed[: half + 1], look.signed[half:]):
-        steps = np.diff([luminance(colour) for colour in arm])
+        steps = np.diff([relative_luminance(colour) for colour in arm])
         assert (steps < 0).all() or (steps > 0).all()
     styles = {task_style(look, position) for position in range(45)}
     assert len(styles) == 45
     methods = ("pass-moe", "moe-lora", "moe-lora-topk", "seq-lora", "theirs", "other")
     assert len({method_colour(look, method, methods) for method in methods}) == 6
+
+
+def test_words_on_cells_have_contrast() -> None:
+    for look in THEMES.values():
+        for ramp in (look.scores, look.unlearned, look.drift):
+            for share in np.linspace(0, 1, 41):
+                cell = relative_luminance(ramp_colour(ramp, float(share)))
+                ink = relative_luminance(ink_on(ramp_colour(ramp, float(share))))
+                assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 4.2
+    assert ramp_colour(("#000000", "#ffffff"), 0.5) == "#808080"
+    assert ramp_colour(("#000000", "#ff0000", "#ffffff"), 2.0) == "#ffffff"
+
+
+def test_a_run_can_be_named_under_the_title(hostile: Run) -> None:
+    plain, named = (figures.accuracy_matrix(hostile) for _ in range(2))
+    figures.name_run(named, "<i>r")
+    assert "&lt;i&gt;r" in named.layout.title.text
+    assert named.layout.height - named.layout.margin.t == plain.layout.height - plain.layout.margin.t
 
 
 def test_unknown_definition_names_the_nearest() -> None:

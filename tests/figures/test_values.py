@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -31,7 +33,11 @@ def test_accuracy_matrix_shows_the_scores(run: Run, scorer: str) -> None:
 def test_accuracy_matrix_prints_values_outlines_the_diagonal_and_greys_what_is_untrained(run: Run) -> None:
     figure = figures.accuracy_matrix(run)
     cells = traces(figure)
-    assert cells["learned"].text[0][1] == f"{100 * float(run.scores['strict'].sel(checkpoint=1, task='digit')):.0f}"
+    words = cells["learned: values"]
+    assert (words.x[0], words.y[0]) == (1, 1)
+    assert words.text[0] == f"{100 * float(run.scores['strict'].sel(checkpoint=1, task='digit')):.0f}"
+    assert len(words.text) == 3 + 2 + 1
+    assert len(cells["not learned yet: values"].text) == 12 - 6
     outlined = {((s.x0 + s.x1) / 2, (s.y0 + s.y1) / 2) for s in figure.layout.shapes}
     assert outlined == {(1, 1), (2, 2), (3, 3)}
     assert cells["learned"].colorscale != cells["not learned yet"].colorscale
@@ -150,6 +156,6 @@ def test_cell_table_holds_one_value_per_old_task_and_quantity(run: Run) -> None:
         (lambda run: figures.cell_table(run, 9, SITE), r"checkpoint '9'.*Known: 0, 1, 2, 3"),
     ],
 )
-def test_wrong_names_are_answered_with_the_right_ones(run: Run, call: object, words: str) -> None:
+def test_wrong_names_are_answered_with_the_right_ones(run: Run, call: Callable[[Run], object], words: str) -> None:
     with pytest.raises(UnknownNameError, match=words):
-        call(run)  # type: ignore[operator] - a lambda from the table above
+        call(run)
