@@ -249,7 +249,7 @@ def _outline(figure: go.Figure, look: Theme, row: int, checkpoint: int) -> None:
 def _nothing(anchor: int | None) -> str:
     if anchor is None:
         return "no old task yet"
-    return "not learned yet" if anchor >= 0 else "the checkpoint that learned it has no recording"
+    return "not learned yet" if anchor >= 0 else "no recorded anchor: not learned yet, or left out"
 
 
 def _shade_before(

@@ -141,7 +141,7 @@ def test_a_damaged_recording_is_named_and_the_rest_is_shown(page: Any) -> None:
     colour = page(run="c-damaged", task="colour")
     assert not colour.exception
     notes = figures_of(colour)["codrift_map:codrift_divergence"]["layout"]["annotations"]
-    assert "the checkpoint that learned it has no recording" in [note["text"] for note in notes]
+    assert "no recorded anchor: not learned yet, or left out" in [note["text"] for note in notes]
 
 
 def test_a_run_without_recordings_still_shows_its_scores(page: Any) -> None:
