@@ -37,6 +37,9 @@ __all__ = ["DTYPES", "Backbone", "decoder_layers", "load_backbone", "load_projec
 _ANSWER_ROOM = 64
 """Tokens of a foreign model's context that are left for template and answer."""
 
+_USUAL_CONTEXT = 2048
+"""Context of models whose configuration names none."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -188,7 +191,7 @@ def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
         else:
             model, encoder = (
                 AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
-                Encoder(tokenizer, **_room(config)),
+                Encoder(tokenizer, max_prompt_tokens=_room(config)),
             )
     except (OSError, ValueError) as error:
         raise NotFoundError(f"The weights of {base!r} cannot be loaded: {_first_line(error)}") from error
@@ -211,14 +214,14 @@ def _vision_language(base: str, config: Any, tokenizer: Any, dtype: torch.dtype)
 
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     made: ImageTransform = transform
-    return model, Encoder(tokenizer, int(image_token), int(length), made, **_room(config))
+    return model, Encoder(tokenizer, int(image_token), int(length), made, max_prompt_tokens=_room(config))
 
 
-def _room(config: Any) -> dict[str, int]:
+def _room(config: Any) -> int:
     """Return the longest prompt that leaves room for an image and an answer in the model's context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or _USUAL_CONTEXT)
     taken = int(getattr(config, "image_seq_length", None) or 0) + _ANSWER_ROOM
-    return {"max_prompt_tokens": int(context) - taken} if context and int(context) > 2 * taken else {}
+    return max(context - taken, context // 2)
 
 
 def _hash_weights(base: str, model: PreTrainedModel) -> str:
