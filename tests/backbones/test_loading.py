@@ -131,3 +131,13 @@ def test_a_projector_of_another_shape_is_refused():
     assert len(load_projector(model, save(state))) == 64
     assert float(projector.linear_1.weight.detach().mean()) == 0.5
     assert float(model.model.vision_tower.token_std.mean()) == 2.0
+
+
+def test_a_foreign_base_keeps_long_prompts(tmp_path):
+    tiny = load_backbone("tiny-random")
+    config = tiny.model.config.text_config
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny.encoder.tokenizer.save_pretrained(tmp_path / "model")
+    encoder = load_backbone(str(tmp_path / "model")).encoder
+    assert encoder.max_prompt_tokens == max(config.max_position_embeddings - 64, config.max_position_embeddings // 2)
+    assert encoder.max_prompt_tokens > 44
