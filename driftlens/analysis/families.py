@@ -184,11 +184,11 @@ _CODRIFT: Final = {
 
 def _codrift_statistics(pair: Pair) -> Statistics:
     base = sample_means(as_float(pair.current.base_norm) ** 2, pair.sample)
-    if pair.grams is None or pair.anchor.pathway is None or pair.current.pathway is None:
+    if pair.grams is None or pair.anchor.middle is None or pair.current.middle is None:
         unknown = np.full_like(base, np.nan)
         return Statistics({"base": base} | dict.fromkeys(_INNER_PRODUCTS, unknown), {"measured": np.zeros(len(base))})
     tokens = codrift_from_grams(
-        pair.anchor.gate, pair.current.gate, pair.anchor.pathway, pair.current.pathway, *pair.grams
+        pair.anchor.gate, pair.current.gate, pair.anchor.middle, pair.current.middle, *pair.grams
     ).per_sample(pair.sample)
     parts = {name: getattr(tokens, name) for name in _INNER_PRODUCTS}
     return Statistics(parts | {"base": base}, {"measured": np.ones(len(base))})
@@ -259,7 +259,11 @@ def _responsibility_statistics(pair: Pair) -> Statistics:
     else:
         energy = (as_float(pair.current.pathway) ** 2).mean(axis=-1)
         result["energy1"] = _alignment(gate1, energy, pair.sample)
-    return Statistics(result, {"reason": tokens.reason.astype(np.float64)})
+    reason = tokens.reason.astype(np.float64)
+    if pair.anchor.pathway is None or pair.current.pathway is None:
+        # native experts: the gate was seen, single outputs were not
+        reason[np.isnan(norm0).all(axis=(1, 2)) | np.isnan(norm1).all(axis=(1, 2))] = Reason.NOT_MEASURED
+    return Statistics(result, {"reason": reason})
 
 
 def _responsibility(means: Means) -> Composed:
@@ -282,12 +286,16 @@ def _responsibility(means: Means) -> Composed:
         for name in _RESPONSIBILITY
     }
     silent = np.isnan(means["align1"])
-    reasons["alignment"] = _codes(values["alignment"], (silent, Reason.NO_OUTPUT_CURRENT))
+    unseen = given == Reason.NOT_MEASURED
+    reasons["alignment"] = _codes(
+        values["alignment"], (unseen, Reason.NOT_MEASURED), (silent, Reason.NO_OUTPUT_CURRENT)
+    )
     reasons["alignment_energy"] = _codes(
         values["alignment_energy"], (np.isnan(values["alignment_energy"]), Reason.NOT_MEASURED)
     )
     reasons["alignment_loss"] = _codes(
         values["alignment_loss"],
+        (unseen, Reason.NOT_MEASURED),
         (silent & np.isnan(means["align0"]), Reason.NO_OUTPUT),
         (silent, Reason.NO_OUTPUT_CURRENT),
         (np.isnan(means["align0"]), Reason.NO_OUTPUT_ANCHOR),

@@ -167,7 +167,13 @@ def read_pass(recording: Recording, probe: str, block: Block) -> Pass:
         base[positions] = group.base_norm[span, tokens][local]
         if pathway is not None and group.rank:
             pathway[positions, :, : group.num_experts, : group.rank] = group.pathway[span, tokens][local]
-    return Pass(gate, pathway, norm, base)
+    middle = pathway
+    product = np.array([site.semantics == "product_of_sums" for site in block.sites])
+    if pathway is not None and product.any():
+        mixed = np.einsum("sne,sner->snr", gate[product], pathway[product])
+        middle = pathway.copy()
+        middle[product] = mixed[:, :, None]
+    return Pass(gate, pathway, middle, norm, base)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ class Pass:
     Attributes:
         gate: [S, n, E] weights as used.
         pathway: [S, n, E, r] activations before the scaling; None where sites have no low-rank pathways.
-        expert_norm: [S, n, E] norms of expert outputs before the gate.
+        middle: [S, n, E, r] what enters B_e: ``pathway``, or sum_i g_i z_i for every e at sites that multiply sums.
+        expert_norm: [S, n, E] norms of expert outputs before the gate; NaN where they were not recorded.
         base_norm: [S, n] norms of the base modules' outputs.
     """
 
     gate: Floats
     pathway: Floats | None
+    middle: Floats | None
     expert_norm: Floats
     base_norm: Floats
 

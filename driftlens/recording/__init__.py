@@ -8,6 +8,7 @@
 from driftlens.recording.accumulators import ProbeSums, batch_sums
 from driftlens.recording.batches import ProbePrefix
 from driftlens.recording.checkpoints import LoadedCheckpoint, load_checkpoint
+from driftlens.recording.families import MoELoraFamily
 from driftlens.recording.hooks import HookPoint, Hooks, count_hooks
 from driftlens.recording.probe_files import load_probes, write_probes
 from driftlens.recording.probes import ProbeSample, ProbeSet
@@ -20,6 +21,7 @@ __all__ = [
     "HookPoint",
     "Hooks",
     "LoadedCheckpoint",
+    "MoELoraFamily",
     "ProbePrefix",
     "ProbeSample",
     "ProbeSet",

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["STATISTICS", "ProbeSums", "batch_sums"]
+__all__ = ["STATISTICS", "ProbeSums", "batch_sums", "expert_input"]
 
 STATISTICS = (
     "gate_sum",
@@ -33,40 +33,66 @@ STATISTICS = (
 
 def batch_sums(
     gate: Float[Tensor, "S n E"],
-    pathway: Float[Tensor, "S n E r"],
+    pathway: Float[Tensor, "S n E r"] | None,
     base_norm: Float[Tensor, "S n"],
-    output_root: Float[Tensor, "S E r r"],
+    output_root: Float[Tensor, "S E r r"] | None,
+    middle: Float[Tensor, "S n E r"] | None = None,
 ) -> dict[str, Tensor]:
     """Sum one batch of tokens over the token axis, in float32 on the device of the inputs.
 
     Args:
         gate: the weights really used; rows sum to 1 (or are used as they are).
-        pathway: z = A h before the scaling.
+        pathway: z = A h before the scaling; None where there are no low-rank pathways.
         base_norm: L2 norm of the base module's output.
-        output_root: R_e with ||R_e z|| = ||o_e||, that is R^T R = scaling^2 B_e^T B_e (see ``output_roots``).
+        output_root: R_e with ||R_e z|| = ||o_e||, that is R^T R = scaling^2 B_e^T B_e (see ``output_roots``); None
+            likewise.
+        middle: what enters B_e, see `expert_input`; None for the pathways themselves.
 
     Returns:
         ``gate_sum`` [S, E]; ``gate_outer`` [S, E, E] = sum pi pi^T; ``gated_energy`` [S, E, r] = sum pi z^2
         (PASs-MoE Eq. 9 before the mean); ``second_moment`` [S, E, r, r] = sum z z^T; ``entropy`` [S] = sum of
-        H(pi) in nats; ``energy`` [S, E] = sum ||z||^2; ``expert_sq`` [S, E] = sum ||o_e||^2; ``base_sq`` [S].
+        H(pi / sum pi) in nats; ``energy`` [S, E] = sum ||z||^2; ``expert_sq`` [S, E] = sum ||o_e||^2; ``base_sq`` [S].
+        Those that need z are absent without pathways.
     """
-    pi, z = gate.float(), pathway.float()
+    pi = gate.float()
     gate_t = pi.transpose(1, 2)  # [S, E, n]
-    by_expert = z.permute(0, 2, 3, 1)  # [S, E, r, n]
-    moment = by_expert @ by_expert.transpose(-1, -2)
-    # ||o_e||^2 summed over tokens is <R^T R, sum z z^T>: no expert output is ever formed for it.
-    gram = output_root.transpose(-1, -2) @ output_root
-    return {
+    sums = {
         "gate_sum": pi.sum(1),
         "gate_outer": gate_t @ pi,
-        "gated_energy": (by_expert.square() @ gate_t.unsqueeze(-1)).squeeze(-1),
-        "second_moment": moment,
         # entr(0) = 0, so experts that top-k left out add nothing; log(0) never appears.
-        "entropy": torch.special.entr(pi).sum((1, 2)),
-        "energy": moment.diagonal(dim1=-2, dim2=-1).sum(-1),
-        "expert_sq": (gram * moment).sum((-1, -2)),
+        "entropy": torch.special.entr(pi / pi.sum(-1, keepdim=True)).nan_to_num().sum((1, 2)),
         "base_sq": base_norm.float().square().sum(1),
     }
+    if pathway is None or output_root is None:
+        return sums
+    z = pathway.float()
+    by_expert = z.permute(0, 2, 3, 1)  # [S, E, r, n]
+    moment = _moment(z)
+    # ||o_e||^2 summed over tokens is <R^T R, sum z z^T>: no expert output is ever formed for it.
+    gram = output_root.transpose(-1, -2) @ output_root
+    given = moment if middle is None else _moment(middle.float())
+    return sums | {
+        "gated_energy": (by_expert.square() @ gate_t.unsqueeze(-1)).squeeze(-1),
+        "second_moment": moment,
+        "energy": moment.diagonal(dim1=-2, dim2=-1).sum(-1),
+        "expert_sq": (gram * given).sum((-1, -2)),
+    }
+
+
+def _moment(z: Float[Tensor, "S n E r"]) -> Float[Tensor, "S E r r"]:
+    by_expert = z.permute(0, 2, 3, 1)
+    return by_expert @ by_expert.transpose(-1, -2)
+
+
+def expert_input(
+    gate: Float[Tensor, "S n E"], pathway: Float[Tensor, "S n E r"], product: Bool[Tensor, " S"]
+) -> Float[Tensor, "S n E r"]:
+    """Return what enters B_e: z_e, or at sites that multiply sums (``product``) the same sum_i g_i z_i for all e.
+
+    With it the output of a site is s sum_e g_e B_e (.)_e for either kind.
+    """
+    mixed = torch.einsum("sne,sner->snr", gate, pathway).unsqueeze(2)
+    return torch.where(product[:, None, None, None], mixed, pathway)
 
 
 @dataclass

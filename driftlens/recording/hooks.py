@@ -44,7 +44,8 @@ class Hooks:
     Args:
         root: the model whose forward is one *pass* (for a PEFT model, the wrapped base model).
         points: what to observe; every point must fire exactly once per pass.
-        on_fire: called as ``on_fire(index, args, output)`` when point number ``index`` fired inside a pass.
+        on_fire: called as ``on_fire(index, args, output)`` when point number ``index`` fired inside a pass; ``args``
+            are the positional arguments, then the values of keyword arguments in call order.
         on_pass: called after each complete pass, when every point has fired.
 
     Raises:
@@ -73,7 +74,7 @@ class Hooks:
         try:
             self._handles.append(self.root.register_forward_pre_hook(self._begin))
             for index, point in enumerate(self.points):
-                self._handles.append(point.module.register_forward_hook(self._observer(index)))
+                self._handles.append(point.module.register_forward_hook(self._observer(index), with_kwargs=True))
             self._handles.append(self.root.register_forward_hook(self._end))
         except BaseException:
             # __exit__ is not called when __enter__ fails, and an interrupt may strike between two registrations
@@ -96,12 +97,12 @@ class Hooks:
             self._handles.pop()
         self._open = False
 
-    def _observer(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def observe(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _observer(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._open:
                 self._fired[index] += 1
                 if self._fired[index] == 1:
-                    self._on_fire(index, args, output)
+                    self._on_fire(index, (*args, *kwargs.values()), output)
 
         return observe
 

@@ -246,12 +246,12 @@ def _report(progress: Callable[[Progress], None] | None, message: str, done: int
 def _write_weights(writer: RecordingWriter, sites: Sequence[Site]) -> None:
     for index, site in enumerate(sites):
         weights = site.weights()
-        router = None if weights.router is None else _host(weights.router)
-        writer.set_weights(index, _host(weights.a), _host(weights.b), router)
+        a, b, router = (None if part is None else _host(part) for part in (weights.a, weights.b, weights.router))
+        writer.set_weights(index, a, b, router)
 
 
 def _host(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.float().cpu().numpy()
+    array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
     return array
 
 

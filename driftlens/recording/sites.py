@@ -1,7 +1,7 @@
 """Sites: where in a model routing and pathways can be observed.
 
 A *site family* knows one kind of module. It finds the sites of a model, names the submodules to hook, and turns
-what their hooks see into gates, pathways and norms. A new family is one file with one ``SITE_FAMILIES.register``.
+what their hooks see into gates, pathways and norms. A new family is one file in ``families`` and one registration.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from driftlens.adapters import Gate, MoELoraLinear, iter_sites
 from driftlens.errors import SiteError
 from driftlens.recording.hooks import HookPoint
 from driftlens.registry import Registry
@@ -23,7 +22,6 @@ from driftlens.store import SiteInfo
 
 __all__ = [
     "SITE_FAMILIES",
-    "MoELoraFamily",
     "Site",
     "SiteFamily",
     "SiteWeights",
@@ -39,13 +37,13 @@ class SiteWeights:
     """The parameters of a site.
 
     Attributes:
-        a: down-projections of the experts.
-        b: up-projections, without the scaling.
+        a: down-projections of the experts; None where the site has no low-rank pathways.
+        b: up-projections, without the scaling; likewise.
         router: weight of the gate, None for gates that own none.
     """
 
-    a: Float[Tensor, "E r d_in"]
-    b: Float[Tensor, "E d_out r"]
+    a: Float[Tensor, "E r d_in"] | None
+    b: Float[Tensor, "E d_out r"] | None
     router: Float[Tensor, "E d_in"] | None
 
 
@@ -58,8 +56,12 @@ class Site:
         module: the module that hosts it.
         points: submodules to hook; each must run exactly once per forward.
         read: turns one firing, ``read(part, args, output)``, into tensors by name: ``"gate"`` [..., E],
-            ``"pathway"`` [..., E, r] and ``"base_norm"`` [...]; together the points must give all three.
+            ``"pathway"`` [..., E, r] where the rank is above 0, and ``"base_norm"`` [...]; together the points must
+            give all of them, and with ``respond`` also ``"input"`` [..., d_in], the h that gate and pathways see.
+            The leading axes are [batch, length] or one flat axis. ``args`` are as in `Hooks`.
         weights: returns the parameters as they are now.
+        respond: gives ``"gate"`` [n, E] and ``"pathway"`` [n, E, r] of the site's present parameters on any input
+            [n, d_in]; None where the gate does not follow from the site's input alone.
     """
 
     info: SiteInfo
@@ -67,6 +69,7 @@ class Site:
     points: tuple[HookPoint, ...] = field(repr=False)
     read: Callable[[str, tuple[Any, ...], Any], Mapping[str, Tensor]] = field(repr=False)
     weights: Callable[[], SiteWeights] = field(repr=False)
+    respond: Callable[[Float[Tensor, "n d_in"]], Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
 
 class SiteFamily(Protocol):
@@ -116,63 +119,6 @@ def layer_index(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-class MoELoraFamily:
-    """Our own MoE-LoRA layers: the hook on the gate sees its inputs h and z and its output pi."""
-
-    def find(self, model: nn.Module) -> Iterator[Site]:
-        """Yield the MoE-LoRA sites whose adapter is active.
-
-        Raises:
-            SiteError: several adapters are active at one site; their outputs add up and have no common gate.
-        """
-        for name, layer in iter_sites(model):
-            if layer.disable_adapters:
-                continue
-            active = [adapter for adapter in layer.active_adapters if adapter in layer.moe_lora_A]
-            if len(active) > 1:
-                raise SiteError(
-                    f"Site {name} has {len(active)} active adapters ({', '.join(active)}); a recording is of one "
-                    "adapter. Choose it with model.set_adapter(...)."
-                )
-            if active:
-                yield _moe_lora_site(name, layer, active[0])
-
-
-def _moe_lora_site(name: str, layer: MoELoraLinear, adapter: str) -> Site:
-    gate = cast(Gate, layer.moe_lora_gate[adapter])
-    num_experts, rank = layer.num_experts[adapter], layer.r[adapter]
-
-    def read(part: str, args: tuple[Any, ...], output: Any) -> Mapping[str, Tensor]:
-        if part == "base":
-            return {"base_norm": torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)}
-        return {"gate": output, "pathway": args[1]}
-
-    def weights() -> SiteWeights:
-        a, b = (cast(Tensor, part[adapter].weight).detach() for part in (layer.moe_lora_A, layer.moe_lora_B))
-        router = getattr(gate, "weight", None)
-        return SiteWeights(
-            a=a.reshape(num_experts, rank, -1),
-            # expert e owns columns e*r .. (e+1)*r of B
-            b=b.reshape(-1, num_experts, rank).permute(1, 0, 2),
-            router=None if router is None else router.detach(),
-        )
-
-    info = SiteInfo(
-        name=name,
-        layer=layer_index(name),
-        kind=name.rsplit(".", 1)[-1],
-        num_experts=num_experts,
-        rank=rank,
-        d_in=layer.d_in,
-        d_out=layer.d_out,
-        scaling=layer.scaling[adapter],
-        gate=gate.kind,
-        top_k=int(getattr(gate, "top_k", 0)),
-    )
-    points = (HookPoint(name, "gate", gate), HookPoint(name, "base", layer.base_layer))
-    return Site(info, layer, points, read, weights)
-
-
 def output_roots(sites: Sequence[Site]) -> Float[Tensor, "S E r r"]:
     """Return R_e with ||R_e z|| = scaling ||B_e z|| for sites of equal E and r.
 
@@ -181,11 +127,11 @@ def output_roots(sites: Sequence[Site]) -> Float[Tensor, "S E r r"]:
     """
     roots = []
     for site in sites:
-        factor = torch.linalg.qr(site.weights().b.float(), mode="r").R
+        b = site.weights().b
+        if b is None:
+            raise SiteError(f"Site {site.info.name} of family {site.info.family} has a rank but gives no B.")
+        factor = torch.linalg.qr(b.float(), mode="r").R
         # d_out < r gives a flat factor; rows of zeros make it square and change no norm
         factor = nn.functional.pad(factor, (0, 0, 0, site.info.rank - factor.shape[-2]))
         roots.append(factor * site.info.scaling)
     return torch.stack(roots)
-
-
-SITE_FAMILIES.register("moe-lora", MoELoraFamily())

@@ -75,7 +75,14 @@ def check_values(
                 f"{name} of site {sites[int(np.argmax(bad))].name!r} is not finite everywhere on probe {probe!r}. "
                 "The model overflows or is broken there; try float32 or bfloat16."
             )
+    if (np.min(given["gate"], initial=0.0)) < 0:
+        low = np.min(given["gate"].reshape(len(sites), -1), axis=1)
+        raise SiteError(
+            f"Site {sites[int(np.argmin(low))].name!r} has a gate weight of {low.min():.3g} on probe {probe!r}; gates "
+            "are not negative. What was recorded may be logits: record the weights really used."
+        )
     wrong = np.asarray(np.abs(np.sum(given["gate"], axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE)
+    wrong &= np.array([site.normalised for site in sites])[:, None]
     if wrong.any():
         site = sites[int(np.argmax(wrong.any(axis=1)))]
         raise SiteError(
@@ -92,6 +99,11 @@ def check_weights(path: Path, site: SiteInfo, given: Mapping[str, NDArray[Any]],
         SiteError: values that are not finite.
     """
     experts, rank = site.num_experts, site.rank
+    if (("A" in given), ("B" in given)) != (bool(rank), bool(rank)):
+        raise FormatError(
+            f"{path}: site {site.name!r} of rank {rank} was given {', '.join(given) or 'nothing'}; expected A and B "
+            "exactly where the rank is above 0."
+        )
     shapes = {"A": (experts, rank, site.d_in), "B": (experts, site.d_out, rank), "router": (experts, site.d_in)}
     for name, array in given.items():
         if np.shape(array) != shapes[name] or again:

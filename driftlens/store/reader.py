@@ -19,6 +19,7 @@ from driftlens.store.schema import (
     MAX_EXTENT,
     SCHEMA_VERSION,
     SITE_COLUMNS,
+    SITE_DEFAULTS,
     SITE_TEXT_COLUMNS,
     STATS,
     TOKEN_COLUMNS,
@@ -53,7 +54,7 @@ class _Stats(Mapping[str, NDArray[np.float64]]):
             if name in self._shapes:
                 self._read[name] = self._file.array(f"{self._key}/{name}", self._shapes[name], ("<f8",))[...]
             else:
-                self._read[name] = np.zeros(self._full[name])
+                self._read[name] = np.full(self._full[name], np.nan)
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -74,7 +75,7 @@ class Group:
         stats: exact float64 sums over all tokens of a probe, by name: ``count`` [probe], ``gate_sum``
             [S, probe, E], ``gate_outer`` [S, probe, E, E], ``gated_energy`` [S, probe, E, r], ``second_moment``
             [S, probe, E, r, r], ``entropy`` [S, probe] (nats), ``energy`` and ``expert_sq`` [S, probe, E],
-            ``base_sq`` [S, probe].
+            ``base_sq`` [S, probe]. Where r is 0, ``energy`` and ``expert_sq`` are NaN.
     """
 
     def __init__(self, recording: Recording, index: int, members: Sequence[int]) -> None:
@@ -86,6 +87,7 @@ class Group:
         shapes = stats_shapes(n_sites, n_probes, self.num_experts, self.rank)
         empty = (n_sites, n_probes, self.num_experts, 0)
         full: dict[str, tuple[int, ...]] = {"gated_energy": empty, "second_moment": (*empty, 0)}
+        full |= dict.fromkeys(("energy", "expert_sq"), empty[:-1])
         self.stats: Mapping[str, NDArray[np.float64]] = _Stats(
             recording.file, f"{self._key}/stats", shapes, {name: shapes.get(name) or full[name] for name in STATS}
         )
@@ -103,8 +105,11 @@ class Group:
         return self._value("pathway")
 
     @cached_property
-    def expert_norm(self) -> LazyArray:
-        """[S, N, E] norm of every expert's output."""
+    def expert_norm(self) -> LazyArray | NDArray[np.float16]:
+        """[S, N, E] norm of every expert's output; NaN where r is 0, because single outputs were not observed."""
+        if self.rank == 0:
+            shape = (len(self.site_index), self._recording.n_tokens, self.num_experts)
+            return np.full(shape, np.nan, dtype=np.float16)
         return self._value("expert_norm")
 
     @cached_property
@@ -149,6 +154,7 @@ class Recording:
         sites: the sites in model order.
         probes: names of the probes in order.
         n_tokens: number of stored tokens over all probes.
+        newer: whether the file has a newer minor schema, so that it may hold more than is read.
         groups: the sites stacked by (E, r).
     """
 
@@ -166,7 +172,8 @@ class Recording:
         names = file.members("/")
         self.meta = file.attrs("/")
         version = self.meta.pop("driftlens_schema", None)
-        if check_schema_version(self.path, version):
+        self.newer = check_schema_version(self.path, version)
+        if self.newer:
             warnings.warn(
                 f"{self.path} has schema {version}, newer than {SCHEMA_VERSION}; "
                 "what was added since is ignored. Upgrade driftlens to use it.",
@@ -196,13 +203,17 @@ class Recording:
         return as_text(array[...], self.path, key)
 
     def _load_sites(self) -> list[SiteInfo]:
-        self.file.members("/sites")
+        present = set(self.file.members("/sites"))
         names = self._text("/sites/name")
         columns: dict[str, list[Any]] = {"name": names}
-        for field in SITE_TEXT_COLUMNS[1:]:
-            columns[field] = self._text(f"/sites/{field}", len(names))
-        for field, dtype in SITE_COLUMNS.items():
-            columns[field] = self.file.array(f"/sites/{field}", (len(names),), (dtype,))[...].tolist()
+        for field in (*SITE_TEXT_COLUMNS[1:], *SITE_COLUMNS):
+            if field in SITE_DEFAULTS and field not in present:
+                columns[field] = [SITE_DEFAULTS[field]] * len(names)
+            elif field in SITE_COLUMNS:
+                columns[field] = self.file.array(f"/sites/{field}", (len(names),), (SITE_COLUMNS[field],))[...].tolist()
+            else:
+                columns[field] = self._text(f"/sites/{field}", len(names))
+        columns["normalised"] = [bool(value) for value in columns["normalised"]]
         sites = [SiteInfo(**{field: column[index] for field, column in columns.items()}) for index in range(len(names))]
         if not sites or not self.probes:
             raise self.file.refuse("/sites or /probe", "is empty", "at least one site and one probe")
@@ -295,7 +306,7 @@ class Recording:
         """Return the parameters of a site.
 
         Returns:
-            ``A`` [E, r, d_in], ``B`` [E, d_out, r] without the scaling, ``router`` [E, d_in] or None.
+            ``A`` [E, r, d_in], ``B`` [E, d_out, r] without the scaling, ``router`` [E, d_in]; None what it has not.
 
         Raises:
             NotFoundError: the recording was thinned and has Gram matrices instead.
@@ -313,7 +324,9 @@ class Recording:
             "router": (info.num_experts, info.d_in),
         }
         return {
-            name: self.file.array(f"{key}/{name}", shape, ("<f4",))[...] if name in names or name != "router" else None
+            name: self.file.array(f"{key}/{name}", shape, ("<f4",))[...]
+            if name in names or (name != "router" and info.rank)
+            else None
             for name, shape in shapes.items()
         }
 

@@ -24,9 +24,12 @@ __all__ = [
     "MAX_EXTENT",
     "MAX_NAME_BYTES",
     "MAX_TOKENS",
+    "PATHWAY_NAMES",
     "SCHEMA_MAJOR",
     "SCHEMA_VERSION",
+    "SEMANTICS",
     "SITE_COLUMNS",
+    "SITE_DEFAULTS",
     "SITE_TEXT_COLUMNS",
     "STATS",
     "TOKEN_COLUMNS",
@@ -45,7 +48,7 @@ __all__ = [
 ]
 
 SCHEMA_MAJOR: Final = 1
-SCHEMA_VERSION: Final = "1.0"
+SCHEMA_VERSION: Final = "1.1"
 
 # Limits of what a reader accepts before it reads any data. They are far above what the largest real run
 # needs and far below what a hostile header can declare.
@@ -81,6 +84,9 @@ STATS: Final[dict[str, tuple[str, ...]]] = {
     "base_sq": ("site", "probe"),
 }
 
+#: Values and sums that exist only where a site has low-rank pathways.
+PATHWAY_NAMES: Final = frozenset({"pathway", "expert_norm", "gated_energy", "second_moment", "energy", "expert_sq"})
+
 #: Columns of /tokens (axis: token): name -> type. ``sample`` counts within the probe.
 TOKEN_COLUMNS: Final[dict[str, str]] = {
     "sample": "<i4",
@@ -100,10 +106,20 @@ SITE_COLUMNS: Final[dict[str, str]] = {
     "scaling": "<f8",
     "top_k": "<i4",
     "shared_experts": "<i4",
+    "normalised": "<i4",
 }
 
 #: Text columns of /sites: fields of SiteInfo, stored as fixed-length UTF-8.
-SITE_TEXT_COLUMNS: Final = ("name", "kind", "gate")
+SITE_TEXT_COLUMNS: Final = ("name", "kind", "gate", "family", "semantics")
+
+#: What schema 1.0 did not say about a site, and what was true of all its sites.
+SITE_DEFAULTS: Final[dict[str, str | int]] = {"family": "moe-lora", "semantics": "sum_gBA", "normalised": 1}
+
+#: How gates g and experts combine to the site's output u, with middle activations z_e = A_e h and scaling s.
+SEMANTICS: Final[dict[str, str]] = {
+    "sum_gBA": "u = s sum_e g_e B_e z_e",
+    "product_of_sums": "u = s (sum_j g_j B_j)(sum_i g_i z_i)",
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,10 @@ class SiteInfo:
         gate: kind of gate, for example ``softmax``.
         top_k: how many experts a top-k gate keeps; 0 where all experts are weighted.
         shared_experts: number of experts outside the routing.
+        family: the site family that found it.
+        semantics: how gates and experts combine to the output, a key of ``SEMANTICS``.
+        normalised: whether gate rows sum to 1; False where a method uses them as they are (plain sums of adapters,
+            top-k without renormalisation).
     """
 
     name: str
@@ -151,11 +171,19 @@ class SiteInfo:
     gate: str
     top_k: int = 0
     shared_experts: int = 0
+    family: str = "moe-lora"
+    semantics: str = "sum_gBA"
+    normalised: bool = True
 
     def check(self) -> None:
         """Raise FormatError if a field cannot be stored or lies outside the format's limits."""
         for field in SITE_TEXT_COLUMNS:
             check_text(f"{field} of site {self.name!r}", getattr(self, field))
+        if self.semantics not in SEMANTICS:
+            raise FormatError(
+                f"Site {self.name!r} has semantics {self.semantics!r}; allowed are {', '.join(SEMANTICS)}. "
+                "Describe how its experts combine, or upgrade driftlens."
+            )
         limits = {"num_experts": 1, "rank": 0, "d_in": 1, "d_out": 1, "top_k": 0, "shared_experts": 0}
         for field, low in limits.items():
             value = getattr(self, field)
@@ -237,13 +265,13 @@ def weights_name(site: int) -> str:
 
 
 def value_shapes(n_sites: int, n_tokens: int, num_experts: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a group's token values; ``pathway`` is absent where the rank is 0."""
+    """Return the shapes of a group's token values; those of pathways are absent where the rank is 0."""
     sizes = {"site": n_sites, "token": n_tokens, "expert": num_experts, "rank": rank}
     return _shapes(VALUES, sizes)
 
 
 def stats_shapes(n_sites: int, n_probes: int, num_experts: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a group's sums; those with a rank axis are absent where the rank is 0."""
+    """Return the shapes of a group's sums; those of pathways are absent where the rank is 0."""
     sizes = {
         "site": n_sites,
         "probe": n_probes,
@@ -257,8 +285,8 @@ def stats_shapes(n_sites: int, n_probes: int, num_experts: int, rank: int) -> di
 
 def _shapes(table: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in table.items()}
-    # HDF5 cannot chunk an axis of length 0; a site without pathways simply has no such dataset.
-    return {name: shape for name, shape in shapes.items() if "rank" not in table[name] or sizes["rank"] > 0}
+    # A site without pathways has no datasets of them: nothing is stored that was not measured.
+    return {name: shape for name, shape in shapes.items() if name not in PATHWAY_NAMES or sizes["rank"] > 0}
 
 
 def estimate_bytes(sites: Sequence[SiteInfo], n_tokens: int, n_probes: int, *, weights: bool = True) -> int:

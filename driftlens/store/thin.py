@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from driftlens.errors import ConfigError, FormatError
 from driftlens.store.reader import Group, Recording, open_recording
-from driftlens.store.schema import STATS, VALUES, Grams
+from driftlens.store.schema import PATHWAY_NAMES, STATS, VALUES, Grams
 from driftlens.store.writer import RecordingWriter
 
 __all__ = ["gram_matrices", "thin_recording"]
@@ -120,7 +120,7 @@ def thin_recording(
         ) as writer:
             _copy_tokens(source, writer, keep)
             for group in source.groups:
-                present = [name for name, axes in STATS.items() if group.rank or "rank" not in axes]
+                present = [name for name in STATS if group.rank or name not in PATHWAY_NAMES]
                 writer.set_stats(group.index, {name: group.stats[name] for name in present})
             if grams is not None:
                 writer.set_grams(grams)
@@ -145,7 +145,7 @@ def _copy_tokens(source: Recording, writer: RecordingWriter, keep: NDArray[np.bo
         chosen = keep[part]
         columns: dict[str, Any] = {name: column[chosen] for name, column in source.tokens(probe).items()}
         values = [
-            {name: group.read(name, probe)[:, chosen] for name in VALUES if name != "pathway" or group.rank}
+            {name: group.read(name, probe)[:, chosen] for name in VALUES if name not in PATHWAY_NAMES or group.rank}
             for group in source.groups
         ]
         writer.append(probe, **columns, values=values)

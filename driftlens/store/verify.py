@@ -16,7 +16,7 @@ from driftlens.store.guard import LazyArray
 from driftlens.store.reader import Group, Recording
 from driftlens.store.schema import (
     GATE_SUM_TOLERANCE,
-    SCHEMA_VERSION,
+    PATHWAY_NAMES,
     SITE_COLUMNS,
     SITE_TEXT_COLUMNS,
     STATS,
@@ -61,7 +61,7 @@ def _checks(recording: Recording) -> Iterator[Callable[[], Iterator[str]]]:
     yield partial(_check_tokens, recording)
     for group in recording.groups:
         for name in VALUES:
-            if name != "pathway" or group.rank:
+            if name not in PATHWAY_NAMES or group.rank:
                 yield partial(_check_value, recording, group, name)
         yield partial(_check_stats, recording, group)
         if recording.has_grams and group.rank:
@@ -99,9 +99,9 @@ def _check_members(recording: Recording) -> Iterator[str]:
     for key, axes, others in _expected_members(recording):
         names, parent = set(recording.file.members(key)), key.rstrip("/")
         # A newer minor schema may hold more; the same one may not.
-        if recording.schema == SCHEMA_VERSION:
+        if not recording.newer:
             for name in sorted(names - axes - others):
-                yield f"{parent}/{name} is not part of schema {SCHEMA_VERSION}; another program changed the file."
+                yield f"{parent}/{name} is not part of schema {recording.schema}; another program changed the file."
         for name in sorted(names & axes):
             values = recording.file.array(f"{parent}/{name}", (None,), ("<i4",))[...]
             if not np.array_equal(values, np.arange(len(values))):
@@ -133,10 +133,12 @@ def _blocks(array: LazyArray) -> Iterator[tuple[int, NDArray[Any]]]:
 
 def _check_value(recording: Recording, group: Group, name: str) -> Iterator[str]:
     array: LazyArray = getattr(group, name)
+    normalised = _normalised(recording, group)
     for start, part in _blocks(array):
         bad = ~np.isfinite(part) if not is_finite(part) else np.zeros(0, dtype=np.bool_)
         if name == "gate" and not bad.any():
             bad = np.abs(part.sum(axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE
+            bad &= normalised[start : start + len(part), None]
         if bad.any():
             row = start + int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
             site = recording.sites[int(group.site_index[row])].name
@@ -150,17 +152,22 @@ def _check_value(recording: Recording, group: Group, name: str) -> Iterator[str]
 def _check_stats(recording: Recording, group: Group) -> Iterator[str]:
     key = f"/{group_name(group.index)}/stats"
     for name, array in group.stats.items():
-        if not is_finite(array):
+        if not is_finite(array) and (group.rank or name not in PATHWAY_NAMES):
             yield f"{key}/{name} has values that are not finite; record it again."
     count, total = group.stats["count"], group.stats["gate_sum"].sum(axis=-1)
     stored = np.array([recording.token_slice(n).stop - recording.token_slice(n).start for n in range(len(count))])
     if (count < stored).any():
         probe = recording.probes[int(np.argmax(count < stored))]
         yield f"{key}/count of probe {probe!r} is below its number of stored tokens; record it again."
-    if (np.abs(total - count) > GATE_SUM_TOLERANCE * count).any():
-        row = int(np.argmax((np.abs(total - count) > GATE_SUM_TOLERANCE * count).any(axis=1)))
+    wrong = (np.abs(total - count) > GATE_SUM_TOLERANCE * count) & _normalised(recording, group)[:, None]
+    if wrong.any():
+        row = int(np.argmax(wrong.any(axis=1)))
         site = recording.sites[int(group.site_index[row])].name
         yield f"{key}/gate_sum of site {site!r} does not add up to count; record it again."
+
+
+def _normalised(recording: Recording, group: Group) -> NDArray[np.bool_]:
+    return np.array([recording.sites[int(site)].normalised for site in group.site_index], dtype=np.bool_)
 
 
 def _check_grams(recording: Recording, group: Group) -> Iterator[str]:

@@ -258,14 +258,18 @@ class RecordingWriter:
         self._stats[group] = {name: np.array(stats[name], dtype=np.float64) for name in expected}
 
     def set_weights(
-        self, site: int, A: NDArray[np.float32], B: NDArray[np.float32], router: NDArray[np.float32] | None = None
+        self,
+        site: int,
+        A: NDArray[np.float32] | None,
+        B: NDArray[np.float32] | None,
+        router: NDArray[np.float32] | None = None,
     ) -> None:
         """Store the parameters of one site.
 
         Args:
             site: index of the site.
-            A: [E, r, d_in].
-            B: [E, d_out, r], without the scaling.
+            A: [E, r, d_in]; None where the site has no pathways.
+            B: [E, d_out, r], without the scaling; likewise.
             router: [E, d_in], or None where the gate has no parameters.
 
         Raises:
@@ -274,9 +278,11 @@ class RecordingWriter:
         """
         info = self.sites[site]
         axes = {"A": ("expert", "rank", "d_in"), "B": ("expert", "d_out", "rank"), "router": ("expert", "d_in")}
-        given = {"A": A, "B": B} if router is None else {"A": A, "B": B, "router": router}
+        given = {name: array for name, array in (("A", A), ("B", B), ("router", router)) if array is not None}
         check_weights(self.path, info, given, again=site in self._weights)
         sizes = {"expert": info.num_experts, "rank": info.rank, "d_in": info.d_in, "d_out": info.d_out}
+        if not info.rank:
+            sizes = {name: size for name, size in sizes.items() if name not in ("rank", "d_out")}
         with self._storing():
             group = self._file.require_group("weights").create_group(weights_name(site))
             scales = {name: create_scale(group, name, np.arange(size)) for name, size in sizes.items()}

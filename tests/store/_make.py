@@ -56,6 +56,8 @@ def content(sites: list[SiteInfo] | None = None, tokens: tuple[int, ...] = (7, 0
             "B": rng.standard_normal((s.num_experts, s.d_out, s.rank)).astype(np.float32),
             "router": rng.standard_normal((s.num_experts, s.d_in)).astype(np.float32),
         }
+        if s.rank
+        else {"router": rng.standard_normal((s.num_experts, s.d_in)).astype(np.float32)}
         for s in sites
     ]
     meta = {"checkpoint": "03-digit", "seed": 7, "overhead_percent": 3.5, "versions": {"torch": "2"}, "reference": None}
@@ -71,7 +73,7 @@ def _values(rng: np.random.Generator, sites: list[SiteInfo], members: list[int],
         "base_norm": 10 * rng.random((len(members), n)),
     }
     if not rank:
-        del values["pathway"]
+        del values["pathway"], values["expert_norm"]
     return {name: array.astype(np.float32) for name, array in values.items()}
 
 
@@ -106,4 +108,4 @@ def fill(writer: RecordingWriter, c: Content, *, batch: int = 1000, weights: boo
     for index, stats in enumerate(c.stats):
         writer.set_stats(index, stats)
     for index, arrays in enumerate(c.weights if weights else []):
-        writer.set_weights(index, arrays["A"], arrays["B"], arrays["router"])
+        writer.set_weights(index, arrays.get("A"), arrays.get("B"), arrays["router"])

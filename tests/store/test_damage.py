@@ -113,7 +113,7 @@ def edit(path: Path, key: str, index: Any, value: Any) -> None:
     [
         ("group_0/gate", (0, 1, 2), 0.9, "/group_0/gate has gate rows that do not sum to 1 or are not finite at site"),
         ("group_0/gate", (0, 1, 2), np.nan, "/group_0/gate has gate rows that do not sum to 1 or are not finite"),
-        ("group_1/expert_norm", (0, 7, 1), np.inf, "/group_1/expert_norm has values that are not finite at site"),
+        ("group_0/expert_norm", (0, 7, 1), np.inf, "/group_0/expert_norm has values that are not finite at site"),
         ("group_0/stats/entropy", (0, 0), np.nan, "/group_0/stats/entropy has values that are not finite"),
         ("group_0/stats/count", 1, 2.0, "/group_0/stats/count of probe 'task-1' is below its number of stored tokens"),
         ("group_1/stats/gate_sum", (0, 0, 0), 9e9, "/group_1/stats/gate_sum of site 'model.layers.1"),

@@ -236,14 +236,14 @@ def test_a_cycle_of_links_ends(small: Path) -> None:
         cycle(file)
     with open_recording(small) as recording:
         assert recording.gate(0, 0).shape == (5, 3)
-    assert any("/tokens/again is not part of schema 1.0" in problem.what for problem in verify_recording(small))
+    assert any("/tokens/again is not part of schema 1.1" in problem.what for problem in verify_recording(small))
 
 
 def test_a_newer_minor_schema_opens_with_a_warning(small: Path) -> None:
     with h5py.File(small, "r+") as file:
         file.attrs.create("driftlens_schema", b"1.7", dtype="S3")
         file.create_group("something_new")
-    with pytest.warns(UserWarning, match=r"has schema 1\.7, newer than 1\.0; what was added since is ignored. Upgrade"):
+    with pytest.warns(UserWarning, match=r"has schema 1\.7, newer than 1\.1; what was added since is ignored. Upgrade"):
         recording = open_recording(small)
     assert recording.gate(0, 0).shape == (5, 3)
     recording.close()
