@@ -51,13 +51,27 @@ class Backbone:
         name: what it was asked for as: ``"builtin"``, ``"tiny-random"``, a hub id or a folder.
         sha256: hash over the weights; equal hashes mean equal models.
         model: the model, in evaluation mode.
-        encoder: turns samples into the model's tokens.
+        encoder: turns samples into the model's tokens; None for a folder without a tokenizer, whose probes must hold
+            token ids.
     """
 
     name: str
     sha256: str
     model: PreTrainedModel
-    encoder: Encoder
+    encoder: Encoder | None
+
+    def need_encoder(self) -> Encoder:
+        """Return the encoder.
+
+        Raises:
+            ConfigError: the base model came without a tokenizer.
+        """
+        if self.encoder is None:
+            raise ConfigError(
+                f"The base model {self.name!r} has no tokenizer. Save one beside its weights "
+                "(tokenizer.save_pretrained), or work with probes that hold `input_ids` and `answer_ids`."
+            )
+        return self.encoder
 
 
 def load_backbone(
@@ -179,26 +193,34 @@ def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
     register_tower()  # a saved copy of the built-in model is a local folder like any other
     try:
         config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base) if _has_tokenizer(base) else None
     except (OSError, ValueError) as error:
         raise NotFoundError(
             f"The base model {base!r} cannot be loaded: {_first_line(error)} Give 'builtin', 'tiny-random', a hub id, "
-            "or a local folder with config.json, weights and tokenizer."
+            "or a local folder with config.json, weights and (but for probes of token ids) a tokenizer."
         ) from error
     try:
         if hasattr(config, "vision_config"):
             model, encoder = _vision_language(base, config, tokenizer, dtype)
         else:
-            model, encoder = (
-                AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
-                Encoder(tokenizer, max_prompt_tokens=_room(config)),
-            )
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            encoder = None if tokenizer is None else Encoder(tokenizer, max_prompt_tokens=_room(config))
     except (OSError, ValueError) as error:
         raise NotFoundError(f"The weights of {base!r} cannot be loaded: {_first_line(error)}") from error
     return Backbone(base, _hash_weights(base, model), model, encoder)
 
 
-def _vision_language(base: str, config: Any, tokenizer: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, Encoder]:
+def _has_tokenizer(base: str) -> bool:
+    """Whether a local folder holds a tokenizer; a hub id always counts as having one."""
+    folder = Path(base)
+    return not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+
+
+def _vision_language(
+    base: str, config: Any, tokenizer: Any, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Encoder | None]:
+    if tokenizer is None:
+        return AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), None
     image_token = getattr(config, "image_token_id", None)
     length = getattr(config, "image_seq_length", None)
     if image_token is None or length is None:

@@ -265,7 +265,7 @@ class _RunRecorder:
         if self._prefix is None:
             root, encoder = base_module(loaded.model), loaded.backbone.encoder
             encoded = self.probes.check_fits(root, encoder)
-            prefix = FrozenPrefix(root, depth, encoder.pad_token_id)
+            prefix = FrozenPrefix(root, depth, 0 if encoder is None else encoder.pad_token_id)
             states = {}
             with inference(root, self.device):
                 for task, rows in encoded.items():

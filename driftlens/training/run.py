@@ -273,14 +273,14 @@ class _Runner:
     def _prefix(self, model: PeftModel, backbone: Backbone) -> FrozenPrefix | None:
         if self.config.training.prefix_cache == "off":
             return None
-        return FrozenPrefix(model, first_adapted_layer(model), backbone.encoder.pad_token_id)
+        return FrozenPrefix(model, first_adapted_layer(model), backbone.need_encoder().pad_token_id)
 
     def _scorers(self, backbone: Backbone, prefix: FrozenPrefix | None) -> dict[str, TaskScorer]:
         options = self.config.evaluation
         return {
             task.name: TaskScorer(
                 task.test,
-                backbone.encoder,
+                backbone.need_encoder(),
                 prefix=prefix,
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
@@ -314,7 +314,7 @@ class _Runner:
                 options=self.config.training,
                 seed=seed,
                 device=self.device,
-                pad_token_id=backbone.encoder.pad_token_id,
+                pad_token_id=backbone.need_encoder().pad_token_id,
                 scratch=Path(scratch),
                 on_step=lambda: self._advance(1, f"training on {task.name} ({index}/{len(self.stream.tasks)})"),
             )
@@ -326,7 +326,7 @@ class _Runner:
             self._score(index, model, scorers).to_parquet(folder / "scores.parquet", index=False)
 
     def _encode(self, task: Task, backbone: Backbone, prefix: FrozenPrefix | None) -> EncodedTask:
-        samples = [backbone.encoder.encode(sample) for sample in task.train]
+        samples = [backbone.need_encoder().encode(sample) for sample in task.train]
         if prefix is None:
             return EncodedTask(samples)
         folder = default_cache_dir() / "prefix" if self.config.training.prefix_cache == "disk" else None
@@ -345,7 +345,7 @@ class _Runner:
         self, model: PeftModel, data: EncodedTask, prefix: FrozenPrefix | None, backbone: Backbone
     ) -> Iterator[Tensor]:
         """Run the model over the training data once, in order, in evaluation mode (see ``TaskContext.replay``)."""
-        collate = TrainingCollator(backbone.encoder.pad_token_id)
+        collate = TrainingCollator(backbone.need_encoder().pad_token_id)
         size = 2 * self.config.training.batch_size
         was_training = model.training
         model.eval()

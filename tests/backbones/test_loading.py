@@ -141,3 +141,16 @@ def test_a_foreign_base_keeps_long_prompts(tmp_path):
     encoder = load_backbone(str(tmp_path / "model")).encoder
     assert encoder.max_prompt_tokens == max(config.max_position_embeddings - 64, config.max_position_embeddings // 2)
     assert encoder.max_prompt_tokens > 44
+
+
+def test_a_base_without_a_tokenizer_serves_token_ids(tmp_path):
+    tiny = load_backbone("tiny-random")
+    LlamaForCausalLM(tiny.model.config.text_config).save_pretrained(tmp_path / "text")
+    clip_llava(tiny.model.config.text_config).save_pretrained(tmp_path / "llava")
+    for kind in ("text", "llava"):
+        loaded = load_backbone(str(tmp_path / kind))
+        assert loaded.encoder is None
+        with pytest.raises(ConfigError, match=r"has no tokenizer. Save one beside its weights .* `input_ids`"):
+            loaded.need_encoder()
+    tiny.encoder.tokenizer.save_pretrained(tmp_path / "text")
+    assert load_backbone(str(tmp_path / "text")).encoder is not None
