@@ -48,7 +48,7 @@ def _root(
 
 def _register() -> None:
     # Each module only declares a function; what it needs is imported when it is called.
-    from driftlens.cli import analyze, assets, compare, demo, listing, record, sites, train, verify
+    from driftlens.cli import analyze, assets, compare, demo, listing, record, repair, sites, train, verify
 
     app.command("demo")(demo.demo)
     app.command("assets")(assets.assets)
@@ -61,6 +61,7 @@ def _register() -> None:
     app.command("streams")(listing.streams)
     app.command("ls")(listing.ls)
     app.command("verify")(verify.verify)
+    app.command("repair")(repair.repair)
 
 
 _register()

@@ -15,9 +15,11 @@ from driftlens.errors import FormatError, NotFoundError
 from driftlens.store.atomic import PARTIAL_SUFFIX, write_json
 from driftlens.store.schema import SCHEMA_VERSION, Problem, check_schema_version
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "Manifest", "leftovers", "sha256_file"]
+__all__ = ["MANIFEST_NAME", "REPAIR_PREFIX", "FileEntry", "Manifest", "leftovers", "sha256_file"]
 
 MANIFEST_NAME: Final = "manifest.json"
+REPAIR_PREFIX: Final = ".repair-"
+"""Folders of a run into which `driftlens repair` moves what is damaged."""
 UNLISTED: Final = ("analysis.h5",)
 """Files of a run that are derived from listed ones, checked by their own keys and made again when missing."""
 _MAX_BYTES: Final = 64 << 20
@@ -180,6 +182,8 @@ def leftovers(run: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted writers left in a run folder: files and folders named ``*.partial``."""
     found = []
     for folder, folders, files in os.walk(run):
+        if Path(folder) == Path(run):
+            folders[:] = [name for name in folders if not name.startswith(REPAIR_PREFIX)]
         found += [Path(folder, name) for name in (*folders, *files) if name.endswith(PARTIAL_SUFFIX)]
         folders[:] = [name for name in folders if not name.endswith(PARTIAL_SUFFIX)]
     return sorted(found)
@@ -191,7 +195,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _is_housekeeping(path: Path) -> bool:
-    if path.as_posix() in UNLISTED:
+    if path.as_posix() in UNLISTED or path.parts[0].startswith(REPAIR_PREFIX):
         return True
     lock = path.name.startswith(".") and path.name.endswith((".lock", ".lock.owner"))
     return lock or any(part.endswith(PARTIAL_SUFFIX) for part in path.parts)
