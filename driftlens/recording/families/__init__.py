@@ -1,10 +1,14 @@
 """The site families that DriftLens ships; importing this package registers them."""
 
 from driftlens.recording.families.moe_lora import MoELoraFamily
+from driftlens.recording.families.peft_fused import PeftFusedFamily
+from driftlens.recording.families.native_moe import NativeMoEFamily
 from driftlens.recording.families.peft_lora import PeftLoraFamily
 from driftlens.recording.sites import SITE_FAMILIES
 
-__all__ = ["MoELoraFamily", "PeftLoraFamily"]
+__all__ = ["MoELoraFamily", "NativeMoEFamily", "PeftFusedFamily", "PeftLoraFamily"]
 
 SITE_FAMILIES.register("moe-lora", MoELoraFamily())
+SITE_FAMILIES.register("native-moe", NativeMoEFamily())
+SITE_FAMILIES.register("peft-fused", PeftFusedFamily())
 SITE_FAMILIES.register("peft-lora", PeftLoraFamily())
