@@ -48,13 +48,14 @@ def _root(
 
 def _register() -> None:
     # Each module only declares a function; what it needs is imported when it is called.
-    from driftlens.cli import analyze, assets, compare, demo, listing, record, repair, sites, train, verify
+    from driftlens.cli import analyze, assets, collect, compare, demo, listing, record, repair, sites, train, verify
 
     app.command("demo")(demo.demo)
     app.command("assets")(assets.assets)
     app.command("train")(train.train)
     app.command("record")(record.record)
     app.command("analyze")(analyze.analyze)
+    app.command("collect")(collect.collect)
     app.command("compare")(compare.compare)
     app.command("sites")(sites.sites)
     app.command("methods")(listing.methods)
