@@ -28,11 +28,14 @@ class HookPoint:
         site: name of the site that the module belongs to (used in messages).
         part: which part of the site it is, for example ``"gate"`` or ``"base"``.
         module: the module itself.
+        when: says whether a firing counts; None if all do. For modules that also run in a preliminary pass inside
+            the root's forward.
     """
 
     site: str
     part: str
     module: nn.Module
+    when: Callable[[], bool] | None = None
 
 
 class Hooks:
@@ -98,8 +101,10 @@ class Hooks:
         self._open = False
 
     def _observer(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        when = self.points[index].when
+
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._open:
+            if self._open and (when is None or when()):
                 self._fired[index] += 1
                 if self._fired[index] == 1:
                     self._on_fire(index, (*args, *kwargs.values()), output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ __all__ = [
     "SiteWeights",
     "base_module",
     "find_sites",
+    "forward_context",
     "layer_index",
     "output_roots",
 ]
@@ -91,26 +93,63 @@ def base_module(model: nn.Module) -> nn.Module:
     return module
 
 
+def forward_context(model: nn.Module) -> AbstractContextManager[object]:
+    """Return the context in which a call of ``base_module(model)`` computes what a call of ``model`` does.
+
+    PEFT's wrapper sets hooks on the base model around each forward; for X-LoRA it is they that compute the gates.
+    """
+    hooks = getattr(model, "_enable_peft_forward_hooks", None)
+    context: AbstractContextManager[object] = hooks() if callable(hooks) else nullcontext()
+    return context
+
+
 def find_sites(model: nn.Module, families: Sequence[str] | None = None) -> list[Site]:
-    """Return all observable sites of ``model``.
+    """Return all observable sites of ``model``, in module order.
 
     Args:
         model: the model, PEFT-wrapped or not.
         families: names of the families to look for; None for all.
 
     Raises:
-        SiteError: the model has none; the message says which families were tried.
+        SiteError: the model has none, or two families claim one name; the message says which.
         UnknownNameError: no such family.
     """
+    _refuse_wrapped(model)
     names = SITE_FAMILIES.names() if families is None else list(families)
     sites = [site for name in names for site in SITE_FAMILIES.get(name).find(model)]
     if not sites:
         raise SiteError(
             f"{type(base_module(model)).__name__} has no site where routing could be observed "
-            f"(looked for: {', '.join(names)}). Record a model with a MoE-LoRA adapter that is switched on, "
+            f"(looked for: {', '.join(names)}). Record a model with routers of its own or an adapter that is switched on, "
             "or register a site family for this kind of module."
         )
-    return sites
+    claimed: dict[str, str] = {}
+    for site in sites:
+        if site.info.name in claimed:
+            raise SiteError(
+                f"Site {site.info.name} is claimed by the families {claimed[site.info.name]} and {site.info.family}. "
+                f"Choose one: find_sites(model, families=[...]) with names among {', '.join(names)}."
+            )
+        claimed[site.info.name] = site.info.family
+    order = {id(module): number for number, module in enumerate(base_module(model).modules())}
+    return sorted(sites, key=lambda site: order.get(id(site.module), len(order)))
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} {name}".rstrip()
+        # By name, because importing the compiler costs seconds. Compiled code ignores hooks that are set later.
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise SiteError(
+                f"{where} is compiled (torch.compile), and compiled code does not run hooks that are set afterwards. "
+                "Record the model before it is compiled: `compiled._orig_mod` of a `torch.compile(model)`, or the model "
+                "loaded again after a `model.compile()`."
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise SiteError(
+                f"{where} runs copies of the model, whose hooks would fire once per copy. Record the model inside it: "
+                "`model.module`."
+            )
 
 
 def layer_index(name: str) -> int:
