@@ -48,20 +48,34 @@ def _root(
 
 def _register() -> None:
     # Each module only declares a function; what it needs is imported when it is called.
-    from driftlens.cli import analyze, assets, collect, compare, demo, listing, record, repair, sites, train, verify
+    from driftlens.cli import (
+        analyze,
+        assets,
+        collect,
+        compare,
+        demo,
+        listing,
+        record,
+        repair,
+        sites,
+        train,
+        verify,
+        weights,
+    )
 
     app.command("demo")(demo.demo)
     app.command("assets")(assets.assets)
     app.command("train")(train.train)
     app.command("record")(record.record)
-    app.command("analyze")(analyze.analyze)
     app.command("collect")(collect.collect)
+    app.command("analyze")(analyze.analyze)
     app.command("compare")(compare.compare)
     app.command("sites")(sites.sites)
     app.command("methods")(listing.methods)
     app.command("streams")(listing.streams)
     app.command("ls")(listing.ls)
     app.command("verify")(verify.verify)
+    app.command("weights")(weights.weights)
     app.command("repair")(repair.repair)
 
 

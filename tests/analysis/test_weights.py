@@ -67,8 +67,7 @@ def source(name: str = "old", seed: int = 0, **info) -> Source:
 
 
 def moved(old: Source, size: float = 0.1, seed: int = 9) -> Source:
-    new = Source("new", *(x + size * normal(seed, *x.shape) for x in (old.a, old.b, old.router)))
-    return new
+    return Source("new", *(x + size * normal(seed, *x.shape) for x in (old.a, old.b, old.router)))
 
 
 def table(old: Source, new: Source, level: str = "site") -> pd.DataFrame:
@@ -276,9 +275,9 @@ def test_checkpoints_with_other_sites_or_shapes_are_refused() -> None:
         FormatError, match=r"old has 3 sites and few has 2: 1 only in old \(for example layers\.2\.up\)"
     ):
         table(old, fewer)
-    with pytest.raises(FormatError, match="layers.0.up differs in shape: old has 4 experts of rank 3.*rank 2"):
+    with pytest.raises(FormatError, match=r"layers\.0\.up differs in shape: old has 4 experts of rank 3.*rank 2"):
         table(old, Source("thin", old.a[:, :, :2], old.b[..., :2], old.router))
-    with pytest.raises(FormatError, match="a router; .*no router"):
+    with pytest.raises(FormatError, match=r"a router; .*no router"):
         table(old, Source("bare", old.a, old.b))
     with pytest.raises(ConfigError, match="kind, layer, site, expert"):
         table(old, old, "token")
