@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ __all__ = ["GuardedFile", "LazyArray"]
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 _FILTERS: Final = [hdf5plugin.Bitshuffle.filter_id, 3]  # bitshuffle+lz4, then fletcher32 over what is stored
 _LZ4: Final = 2
+_CHUNK_HEAD: Final = 12
 _MAX_ATTRS: Final = 4096
 _MAX_ATTR_BYTES: Final = 1 << 20
 _ADVICE: Final = "Run `driftlens verify`, then restore the file from a copy or record it again."
@@ -88,8 +91,9 @@ class GuardedFile:
             if len(group) > MAX_EXTENT:
                 raise self.refuse(key, f"has {len(group)} entries", f"at most {MAX_EXTENT}")
             names = list(group)
+            self._check_names(key, names)
             for name in names:
-                self._check_link(group, name)
+                self._check_link(group, key, name)
             return names
 
     def group(self, key: str) -> h5py.Group:
@@ -106,7 +110,15 @@ class GuardedFile:
             count = h5py.h5a.get_num_attrs(target.id)
             if count > _MAX_ATTRS:
                 raise self.refuse(key, f"has {count} attributes", f"at most {_MAX_ATTRS}")
-            return {name: self._attr(target, name) for name in target.attrs}
+            names = list(target.attrs)
+            self._check_names(key, names)
+            return {name: self._attr(target, name) for name in names}
+
+    def _check_names(self, key: str, names: Sequence[str | bytes]) -> None:
+        # h5py gives bytes where a name is not UTF-8.
+        for name in names:
+            if isinstance(name, bytes):
+                raise self.refuse(key, f"holds the name {name!r:.80}, which is not UTF-8", "names in UTF-8")
 
     def _attr(self, target: h5py.Group, name: str) -> Any:
         attr = h5py.h5a.open(target.id, name.encode())
@@ -125,16 +137,18 @@ class GuardedFile:
     def _walk(self, key: str) -> Any:
         with self.reading(key):
             found: Any = self.h5["/"]
+            above = "/"
             for name in filter(None, key.split("/")):
                 if not isinstance(found, h5py.Group):
                     raise self.refuse(key, "lies below something that is not a group", "a group")
-                self._check_link(found, name)
-                found = found[name]
+                self._check_link(found, above, name)
+                found, above = found[name], f"{above.rstrip('/')}/{name}"
             return found
 
-    def _check_link(self, group: h5py.Group, name: str) -> None:
+    def _check_link(self, group: h5py.Group, key: str, name: str) -> None:
         # The link itself is examined; h5py's own test for membership would follow it into another file.
-        where = f"{group.name.rstrip('/')}/{name}"
+        # Libraries have no name for a group whose link was forged, so it is not asked for.
+        where = f"{key.rstrip('/')}/{name}"
         if not group.id.links.exists(name.encode()):
             raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
         link = group.id.links.get_info(name.encode()).type
@@ -240,6 +254,8 @@ class LazyArray:
         self.dtype: np.dtype[Any] = dataset.dtype
         self.chunks: tuple[int, ...] = dataset.chunks
         self._file, self._dataset, self._pid = file, dataset, file.pid
+        self._n_chunks = math.prod(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))
+        self._sound: set[tuple[int, ...]] = set()
 
     @property
     def ndim(self) -> int:
@@ -262,15 +278,84 @@ class LazyArray:
         if not self._dataset:
             raise NotFoundError(f"{self._file.path} was closed before {self.key} was read; open it again.")
         try:
+            self._check_chunks(index)
             return np.asarray(self._dataset[index])
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError, _ChunkError) as error:
             raise self._file.damaged(self.key, error) from error
+
+    def _check_chunks(self, index: Any) -> None:
+        """Examine every chunk that ``index`` touches, each once."""
+        if len(self._sound) == self._n_chunks:
+            return
+        spans = zip(_spans(index, self.shape), self.chunks, strict=True)
+        for corner in itertools.product(*(range(low // c * c, high, c) for (low, high), c in spans)):
+            if corner not in self._sound:
+                check_chunk(self._dataset, corner)
+                self._sound.add(corner)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[...], dtype=dtype)
 
     def __repr__(self) -> str:
         return f"LazyArray({self.key}, shape={list(self.shape)}, dtype={self.dtype})"
+
+
+class _ChunkError(Exception):
+    """A stored chunk that must not reach the filter."""
+
+
+def check_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> None:
+    """Compare what a stored chunk declares with what its dataset needs, before the filter's C code trusts it.
+
+    Bitshuffle stores the length of the chunk and of a block (8 and 4 bytes), then every block with its compressed
+    length (4 bytes), then up to 7 values as they are; fletcher32 appends 4 bytes. The filter allocates, copies
+    and decompresses as these numbers say, within no bounds of its own.
+
+    Args:
+        dataset: the dataset.
+        corner: index of the first value of the chunk.
+
+    Raises:
+        _ChunkError: lengths that do not add up, or filters (the checksum among them) that the chunk skips.
+    """
+    item = dataset.dtype.itemsize
+    total = item * math.prod(dataset.chunks)
+    mask, raw = dataset.id.read_direct_chunk(corner)
+    end = len(raw) - 4
+    sound = mask == 0 and end >= _CHUNK_HEAD
+    if sound:
+        declared, block = struct.unpack_from(">QI", raw)
+        sound = declared == total and 0 < block <= MAX_CHUNK_BYTES and block % (8 * item) == 0
+    if sound:
+        at, rest = _CHUNK_HEAD, total % block
+        for _ in range(total // block + (rest >= 8 * item)):
+            if at + 4 > end:
+                break
+            at += 4 + int.from_bytes(raw[at : at + 4], "big")
+        sound = at + rest % (8 * item) == end
+    if not sound:
+        raise _ChunkError(f"the lengths inside its chunk at {list(corner)} do not add up to {total:,} bytes")
+
+
+def _spans(index: Any, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Return per axis the first index that ``index`` may touch and the one after the last; whole axes when in doubt."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    simple = all(isinstance(part, (int, np.integer, slice)) or part is Ellipsis for part in parts)
+    gaps = [at for at, part in enumerate(parts) if part is Ellipsis]
+    if not simple or len(gaps) > 1 or len(parts) - len(gaps) > len(shape):
+        return [(0, n) for n in shape]
+    at = gaps[0] if gaps else len(parts)
+    fill = [slice(None)] * (len(shape) - len(parts) + len(gaps))
+    parts[at : at + 1] = fill
+    spans = []
+    for part, n in zip(parts, shape, strict=True):
+        if isinstance(part, slice):
+            touched = range(n)[part]
+            spans.append((min(touched), max(touched) + 1) if touched else (0, 0))
+        else:
+            number = int(part) + n if part < 0 else int(part)
+            spans.append((number, number + 1) if 0 <= number < n else (0, 0))
+    return spans
 
 
 def _check_superblock(path: Path) -> int:
