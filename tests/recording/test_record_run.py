@@ -259,12 +259,20 @@ def test_checkpoints_that_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
         load_checkpoint(broken)
 
 
-def test_a_plain_lora_adapter_has_no_site(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_a_stock_lora_folder_is_recorded_and_one_without_pathways_is_refused(tmp_path: Path) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
 
     backbone = load_backbone("tiny-random")
     model = get_peft_model(backbone.model, LoraConfig(r=2, target_modules=["up_proj"]))
     model.save_pretrained(str(tmp_path / "lora"))
+    record_checkpoint(tmp_path / "lora", base="tiny-random", probes=toy_probes(2), out=tmp_path / "x.h5")
+    assert {(site.family, site.num_experts, site.rank) for site in opened(tmp_path / "x.h5").sites} == {
+        ("peft-lora", 1, 2)
+    }
+    other = get_peft_model(
+        load_backbone("tiny-random").model, IA3Config(target_modules=["up_proj"], feedforward_modules=[])
+    )
+    other.save_pretrained(str(tmp_path / "ia3"))
     with pytest.raises(SiteError, match="LlavaForConditionalGeneration has no site where routing could be observed"):
-        record_checkpoint(tmp_path / "lora", base="tiny-random", probes=toy_probes(2), out=tmp_path / "x.h5")
-    assert not (tmp_path / "x.h5").exists()
+        record_checkpoint(tmp_path / "ia3", base="tiny-random", probes=toy_probes(2), out=tmp_path / "y.h5")
+    assert not (tmp_path / "y.h5").exists()

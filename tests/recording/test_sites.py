@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_the_wrapped_and_the_plain_model_have_the_same_sites() -> None:
 
 
 def test_a_model_without_sites_is_refused() -> None:
-    with pytest.raises(SiteError, match=r"Sequential has no site where routing .*looked for: moe-lora"):
+    with pytest.raises(SiteError, match=r"Sequential has no site where routing .*looked for: .*moe-lora"):
         find_sites(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -58,7 +59,8 @@ def test_the_active_adapter_is_recorded_and_two_at_once_are_refused() -> None:
 
 def test_a_new_family_is_found_by_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = adapted()
-    only = find_sites(model)[:1]
+    first = find_sites(model)[0]
+    only = [replace(first, info=replace(first.info, name="elsewhere", family="test-family"))]
 
     class Family:
         def find(self, model: nn.Module) -> Iterator[Site]:
@@ -67,7 +69,9 @@ def test_a_new_family_is_found_by_registration(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(SITE_FAMILIES, "_items", dict(SITE_FAMILIES._items))
     SITE_FAMILIES.register("test-family", Family())
     assert find_sites(model, ["test-family"]) == only
-    assert len(find_sites(model)) == 7
+    names = [site.info.name for site in find_sites(model)]
+    assert len(names) == 7
+    assert names.index("elsewhere") < 2  # sites come in module order, whatever their family
     with pytest.raises(UnknownNameError, match="Did you mean 'moe-lora'"):
         find_sites(model, ["moe-lor"])
 
@@ -98,3 +102,11 @@ def test_output_roots_where_the_output_is_narrower_than_the_rank() -> None:
 @pytest.mark.parametrize(("name", "layer"), [("model.layers.20.mlp.up_proj", 20), ("h.3.fc", 3), ("head", -1)])
 def test_layer_index(name: str, layer: int) -> None:
     assert layer_index(name) == layer
+
+
+def test_two_families_cannot_claim_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = adapted()
+    monkeypatch.setattr(SITE_FAMILIES, "_items", dict(SITE_FAMILIES._items))
+    SITE_FAMILIES.register("twin", SITE_FAMILIES.get("moe-lora"))
+    with pytest.raises(SiteError, match=r"down_proj|gate_proj is claimed by the families moe-lora and moe-lora"):
+        find_sites(model, ["moe-lora", "twin"])
