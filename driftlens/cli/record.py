@@ -21,6 +21,9 @@ def record(
         Path | None, typer.Option("--probes", help="Probe set folder (default: the run's, or the built-in stream's).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="With --ckpt: the file to write.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="With --ckpt: an anchor to apply to the same inputs.")
+    ] = None,
     tokens_per_sample: Annotated[
         int | None, typer.Option("--tokens-per-sample", min=1, help="Keep this many token rows of each sample.")
     ] = None,
@@ -40,6 +43,11 @@ def record(
     if run is not None:
         if out is not None:
             raise ConfigError("--out belongs to --ckpt; recordings of a run go into the run folder.")
+        if reference is not None:
+            raise ConfigError(
+                "--reference belongs to --ckpt: in a run every probe has an anchor of its own. Record one "
+                "checkpoint: driftlens record --ckpt RUN/checkpoints/NAME --reference RUN/checkpoints/ANCHOR"
+            )
         with progress_bar(quiet) as report:
             summaries = record_run(
                 run,
@@ -60,6 +68,7 @@ def record(
             base=base,
             probes=probes,
             out=out,
+            reference=reference,
             batch_size=batch_size or 16,
             tokens_per_sample=tokens_per_sample,
             overwrite=fresh,

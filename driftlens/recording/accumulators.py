@@ -16,7 +16,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["STATISTICS", "ProbeSums", "batch_sums", "expert_input"]
+from driftlens.store.schema import REFERENCE_PREFIX
+
+__all__ = ["REFERENCE_STATISTICS", "STATISTICS", "ProbeSums", "batch_sums", "expert_input", "reference_sums"]
 
 STATISTICS = (
     "gate_sum",
@@ -29,6 +31,9 @@ STATISTICS = (
     "base_sq",
 )
 """Names of the per-site statistics (``count`` beside them is per probe, not per site)."""
+
+REFERENCE_STATISTICS = tuple(REFERENCE_PREFIX + name for name in (*STATISTICS, "drift_sq") if name != "base_sq")
+"""Names of the sums of a reference: the same without the base module's, and what separates the two checkpoints."""
 
 
 def batch_sums(
@@ -77,6 +82,39 @@ def batch_sums(
         "energy": moment.diagonal(dim1=-2, dim2=-1).sum(-1),
         "expert_sq": (gram * given).sum((-1, -2)),
     }
+
+
+def reference_sums(
+    gate: Float[Tensor, "S n E"],
+    pathway: Float[Tensor, "S n E r"] | None,
+    middle: Float[Tensor, "S n E r"] | None,
+    output_root: Float[Tensor, "S E r r"] | None,
+    current_middle: Float[Tensor, "S n E r"] | None,
+    change_root: Float[Tensor, "S E two_r two_r"] | None,
+) -> dict[str, Tensor]:
+    """Sum what the anchor's parameters answer to the inputs of one batch, in float32 on their device.
+
+    Args:
+        gate: the anchor's gates; rows of zeros where it has no such site.
+        pathway: its pathways; None where there are none (then the rest is None too).
+        middle: what enters its B where that is not ``pathway``, see `expert_input`.
+        output_root: its R_e, see `batch_sums`.
+        current_middle: what enters B of the recorded checkpoint on the same input.
+        change_root: D_e with ||D_e [m1 - m0; m0]|| = ||o1_e - o0_e||, see `driftlens.recording.reference.drift_roots`.
+
+    Returns:
+        The sums of `batch_sums` without ``base_sq``, and ``drift_sq`` [S, E] = sum ||o1_e - o0_e||^2 on the same input;
+        every name begins with ``reference/``.
+    """
+    own = batch_sums(gate, pathway, gate.new_zeros(gate.shape[:-1]), output_root, middle)
+    del own["base_sq"]
+    entering = pathway if middle is None else middle
+    if entering is not None and current_middle is not None and change_root is not None:
+        # Summed from the tokens' own differences: from second moments, small drifts would drown in rounding.
+        both = torch.cat([current_middle - entering, entering], dim=-1)
+        drift = torch.einsum("seij,snej->snei", change_root, both)
+        own["drift_sq"] = drift.square().sum((1, 3))
+    return {REFERENCE_PREFIX + name: value for name, value in own.items()}
 
 
 def _moment(z: Float[Tensor, "S n E r"]) -> Float[Tensor, "S E r r"]:

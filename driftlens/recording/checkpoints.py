@@ -19,7 +19,15 @@ from driftlens.backbones import Backbone, load_backbone
 from driftlens.errors import FormatError, NotFoundError, nearest_name
 from driftlens.store.manifest import sha256_file
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoadedCheckpoint", "checkpoint_sha256", "load_checkpoint"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "LoadedCheckpoint",
+    "check_keys",
+    "checkpoint_sha256",
+    "load_checkpoint",
+    "read_config",
+]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -89,7 +97,7 @@ def load_checkpoint(
     """
     folder = Path(folder)
     digest = checkpoint_sha256(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     if backbone is None:
         name = base if base is not None else config.get("base_model_name_or_path")
         if not name:
@@ -105,7 +113,7 @@ def load_checkpoint(
             f"The adapter in {folder} cannot be loaded on {backbone.name!r} ({type(error).__name__}: {first:.300}). "
             "It is damaged, or it belongs to another base model: restore it, or give the right one with --base."
         ) from error
-    _check_keys(folder, model)
+    check_keys(folder, model)
     return LoadedCheckpoint(folder, digest, backbone, model.to(device).eval())
 
 
@@ -123,12 +131,13 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _check_keys(folder: Path, model: PeftModel) -> None:
+def check_keys(folder: Path, model: PeftModel, adapter: str = "default") -> None:
+    """Raise FormatError if the weights in ``folder`` are not exactly those of ``adapter``, loaded from it."""
     # PEFT only warns when weights are missing; what it leaves at their random start must not be recorded.
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as stored:
         found = set(stored.keys())
     # without this argument PEFT would look on the hub whether the vocabulary was resized
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
     prefix = str(model.base_model.prefix)
     missing, unknown = sorted(expected - found), sorted(k for k in found - expected if prefix in k)
     if missing or unknown:
@@ -140,7 +149,8 @@ def _check_keys(folder: Path, model: PeftModel) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter folder's configuration; FormatError if it is damaged or of a type that PEFT does not know."""
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,21 @@ import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from driftlens.errors import SiteError
-from driftlens.recording.accumulators import STATISTICS, batch_sums, expert_input
+from driftlens.recording.accumulators import REFERENCE_STATISTICS, STATISTICS, batch_sums, expert_input, reference_sums
 from driftlens.recording.hooks import HookPoint
+from driftlens.recording.reference import Reference, drift_roots, match_sites
 from driftlens.recording.sites import Site, output_roots
-from driftlens.store.schema import GATE_SUM_TOLERANCE, group_sites
+from driftlens.recording.transfer import HostCopy
+from driftlens.store.schema import GATE_SUM_TOLERANCE, REFERENCE_PREFIX, REFERENCE_VALUES, group_sites
 
-__all__ = ["GroupBatch", "Observer"]
+__all__ = ["GroupBatch", "Observer", "PendingBatch"]
 
-_ROWS = ("gate", "pathway", "expert_norm", "base_norm")
+_ROWS = ("gate", "pathway", "expert_norm", "base_norm", *(REFERENCE_PREFIX + name for name in REFERENCE_VALUES))
+_SUMS = (*STATISTICS, *REFERENCE_STATISTICS)
+_REFERENCE_GATE, _REFERENCE_PATHWAY = REFERENCE_PREFIX + "gate", REFERENCE_PREFIX + "pathway"
 _TRAILING = {"gate": 1, "pathway": 2, "base_norm": 0}
 """Axes of each value after the tokens."""
 
@@ -31,12 +36,41 @@ class GroupBatch:
 
     Attributes:
         values: ``gate`` [S, m, E], ``pathway`` [S, m, E, r], ``expert_norm`` [S, m, E], ``base_norm`` [S, m] of the
-            m tokens whose rows are stored; ``pathway`` and ``expert_norm`` only where the rank is above 0.
-        sums: sums over all recorded tokens of the batch, see ``batch_sums``.
+            m tokens whose rows are stored; ``pathway`` and ``expert_norm`` only where the rank is above 0. With a
+            reference also ``reference/gate``, ``reference/pathway`` and ``reference/expert_norm``: the anchor's.
+        sums: sums over all recorded tokens of the batch, see ``batch_sums`` and ``reference_sums``.
     """
 
     values: dict[str, NDArray[np.float32]]
     sums: dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """One batch on its way to the host; `result` may be called in another thread, while the next forward runs.
+
+    Attributes:
+        copy: the values of all groups, flat.
+        layout: their names and shapes.
+        by_group: takes them apart and checks them.
+    """
+
+    copy: HostCopy
+    layout: Sequence[tuple[str, list[int]]]
+    by_group: Callable[[NDArray[np.float32], Sequence[tuple[str, list[int]]]], list[GroupBatch]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the batch."""
+        return self.copy.nbytes
+
+    def result(self) -> list[GroupBatch]:
+        """Wait for the copy, check the values and return them by group.
+
+        Raises:
+            SiteError: a gate row does not sum to 1, or a value is not finite; names the site.
+        """
+        return self.by_group(self.copy.wait(), self.layout)
 
 
 class Observer:
@@ -47,9 +81,13 @@ class Observer:
 
     Args:
         sites: the observed sites, in model order.
+        reference: the anchor that answers to the same inputs, if there is one.
+
+    Raises:
+        SiteError: the reference does not fit the sites.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], reference: Reference | None = None) -> None:
         self.sites = list(sites)
         self.groups = group_sites([site.info for site in sites])
         self.points: list[HookPoint] = []
@@ -65,6 +103,14 @@ class Observer:
         product = [[sites[i].info.semantics == "product_of_sums" for i in group] for group in self.groups]
         device = next(sites[0].module.parameters()).device
         self._product = [torch.tensor(row, device=device) if any(row) else None for row in product]
+        self._anchors = None if reference is None else match_sites(sites, reference)
+        self._change: list[tuple[Tensor, Tensor] | None] = [None for _ in self.groups]
+        if self._anchors is not None:
+            for number, group in enumerate(self.groups):
+                if self._ranks[number]:
+                    self._change[number] = drift_roots(
+                        [self.sites[i] for i in group], [self._anchors[i] for i in group]
+                    )
         self._seen: list[dict[str, Tensor]] = [{} for _ in sites]
         self._layout: list[tuple[str, list[int]]] = []
         self._flat: Tensor | None = None
@@ -84,29 +130,46 @@ class Observer:
         owner, part = self._owners[index]
         site = self.sites[owner]
         for name, value in site.read(part, args, output).items():
+            if name == "input" and self._anchors is not None:
+                self._ask(owner, value)
             if name not in _TRAILING:
                 continue
             by_token = value.detach().flatten(0, value.dim() - _TRAILING[name] - 1)
             self._seen[owner][name] = by_token.index_select(0, self._tokens)
 
+    def _ask(self, owner: int, inputs: Tensor) -> None:
+        """Let the anchor answer to what site ``owner`` was given; the input itself is not kept."""
+        anchor = self._anchors[owner] if self._anchors is not None else None
+        if anchor is None or anchor.respond is None:
+            return
+        info = self.sites[owner].info
+        answer = anchor.respond(inputs.detach().flatten(0, -2).index_select(0, self._tokens))
+        fewer = info.num_experts - anchor.info.num_experts, info.rank - anchor.info.rank
+        seen = self._seen[owner]
+        seen[_REFERENCE_GATE] = pad(answer["gate"].detach(), (0, fewer[0]))
+        if info.rank:
+            seen[_REFERENCE_PATHWAY] = pad(answer["pathway"].detach(), (0, fewer[1], 0, fewer[0]))
+
     def on_pass(self) -> None:
         """Reduce what was gathered to one flat tensor on the device (called by ``Hooks``)."""
         parts: list[Tensor] = []
         self._layout = []
-        for group, roots, product in zip(self.groups, self._roots, self._product, strict=True):
+        for number, (group, roots, product) in enumerate(zip(self.groups, self._roots, self._product, strict=True)):
             names = ("gate", "base_norm") if roots is None else ("gate", "base_norm", "pathway")
             seen = {name: torch.stack([self._seen[i][name] for i in group]).float() for name in names}
             gate, base_norm, pathway = seen["gate"], seen["base_norm"], seen.get("pathway")
             rows = {name: value.index_select(1, self._stored) for name, value in seen.items()}
+            middle = None
             if pathway is None or roots is None:
                 sums = batch_sums(gate, None, base_norm, None)
             else:
                 # ||o_e|| through the r x r root; needed for stored rows only, sums come from the second moments
                 middle = None if product is None else expert_input(gate, pathway, product)
                 stored = rows["pathway"] if middle is None else middle.index_select(1, self._stored)
-                output = torch.einsum("seij,snej->snei", roots, stored)
-                rows["expert_norm"] = torch.linalg.vector_norm(output, dim=-1)
+                rows["expert_norm"] = _norms(roots, stored)
                 sums = batch_sums(gate, pathway, base_norm, roots, middle)
+            if self._anchors is not None:
+                self._compare(number, gate, pathway if middle is None else middle, rows, sums)
             error = (gate.sum(-1) - 1.0).abs().amax(1)
             for name, value in [*rows.items(), *sums.items(), ("gate_error", error)]:
                 parts.append(value.flatten())
@@ -114,17 +177,54 @@ class Observer:
         self._flat = torch.cat(parts)
         self._seen = [{} for _ in self.sites]
 
+    def _compare(
+        self, number: int, gate: Tensor, middle: Tensor | None, rows: dict[str, Tensor], sums: dict[str, Tensor]
+    ) -> None:
+        """Add the anchor's rows and sums of one group; sites that it lacks have gate 0 and output 0."""
+        members, change, product = self.groups[number], self._change[number], self._product[number]
+
+        def stacked(name: str, like: Tensor) -> Tensor:
+            return torch.stack([self._seen[i].get(name, torch.zeros_like(like[0])) for i in members]).float()
+
+        old_gate = stacked(_REFERENCE_GATE, gate)
+        rows[_REFERENCE_GATE] = old_gate.index_select(1, self._stored)
+        old_pathway = old_middle = old_roots = change_roots = None
+        if middle is not None and change is not None:
+            old_pathway = stacked(_REFERENCE_PATHWAY, middle)
+            rows[_REFERENCE_PATHWAY] = old_pathway.index_select(1, self._stored)
+            old_middle = None if product is None else expert_input(old_gate, old_pathway, product)
+            old_roots, change_roots = change
+            entering = old_pathway if old_middle is None else old_middle
+            rows[REFERENCE_PREFIX + "expert_norm"] = _norms(old_roots, entering.index_select(1, self._stored))
+        sums |= reference_sums(old_gate, old_pathway, old_middle, old_roots, middle, change_roots)
+        # a gate row of zeros is an absent site
+        total = old_gate.sum(-1)
+        sums["reference_gate_error"] = torch.minimum((total - 1.0).abs(), total.abs()).amax(1)
+
     def take(self) -> list[GroupBatch]:
-        """Copy the batch to the host (the only synchronisation of a batch) and return it by group.
+        """Copy the batch to the host and return it by group; waits for the device.
 
         Raises:
             SiteError: a gate row does not sum to 1, or a value is not finite; names the site.
         """
+        return self.pending().result()
+
+    def pending(self) -> PendingBatch:
+        """Begin the copy of the batch to the host, without waiting for it (see `PendingBatch.result`)."""
         if self._flat is None:
             raise SiteError("No forward was observed since `expect`; run the model inside the hooks first.")
-        flat = self._flat.cpu().numpy()
+        pending = PendingBatch(HostCopy(self._flat), self._layout, self.by_group)
+        self._flat = None
+        return pending
+
+    def by_group(self, flat: NDArray[np.float32], layout: Sequence[tuple[str, list[int]]]) -> list[GroupBatch]:
+        """Check the flat values of one batch and return them by group; touches nothing that a forward changes.
+
+        Raises:
+            SiteError: see `take`.
+        """
         arrays, start = [], 0
-        for name, shape in self._layout:
+        for name, shape in layout:
             size = int(np.prod(shape))
             arrays.append((name, flat[start : start + size].reshape(shape)))
             start += size
@@ -133,7 +233,7 @@ class Observer:
         named = [dict(arrays[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
         self._check_finite(named)
         self._check_gates(named)
-        return [GroupBatch({n: g[n] for n in _ROWS if n in g}, {n: g[n] for n in STATISTICS if n in g}) for g in named]
+        return [GroupBatch({n: g[n] for n in _ROWS if n in g}, {n: g[n] for n in _SUMS if n in g}) for g in named]
 
     def _check_finite(self, named: Sequence[Mapping[str, NDArray[np.float32]]]) -> None:
         broken: list[tuple[int, str]] = []
@@ -152,11 +252,19 @@ class Observer:
 
     def _check_gates(self, named: Sequence[Mapping[str, NDArray[np.float32]]]) -> None:
         for group, arrays in zip(self.groups, named, strict=True):
-            off = np.where([self.sites[i].info.normalised for i in group], arrays["gate_error"], 0.0)
-            row = int(np.argmax(off))
-            error = float(off[row])
-            if error > GATE_SUM_TOLERANCE:
-                raise SiteError(
-                    f"Gate rows of site {self.sites[group[row]].info.name} do not sum to 1 (off by up to {error:.3g}). "
-                    "What the site family reads are not the weights that the layer uses."
-                )
+            normalised = [self.sites[i].info.normalised for i in group]
+            for name, whose in (("gate_error", ""), ("reference_gate_error", ", with the reference's parameters,")):
+                off = np.where(normalised, arrays.get(name, 0.0), 0.0)
+                row = int(np.argmax(off))
+                error = float(off[row])
+                if error > GATE_SUM_TOLERANCE:
+                    raise SiteError(
+                        f"Gate rows of site {self.sites[group[row]].info.name}{whose} do not sum to 1 (off by up to "
+                        f"{error:.3g}). What the site family reads are not the weights that the layer uses."
+                    )
+
+
+def _norms(roots: Tensor, middle: Tensor) -> Tensor:
+    """Return ||R_e m_e|| [S, n, E]: norms of expert outputs that are never formed."""
+    norms: Tensor = torch.linalg.vector_norm(torch.einsum("seij,snej->snei", roots, middle), dim=-1)
+    return norms

@@ -25,7 +25,8 @@ from driftlens.recording.hooks import Hooks
 from driftlens.recording.observer import Observer
 from driftlens.recording.overhead import overhead_percent, paired_ratios
 from driftlens.recording.probes import ProbeSet
-from driftlens.recording.sites import Site, base_module, find_sites
+from driftlens.recording.reference import Reference, reference_grams
+from driftlens.recording.sites import Site, base_module, find_sites, forward_context
 from driftlens.store import RecordingWriter
 
 __all__ = ["Progress", "RecordingSummary", "inference", "record", "recording_settings"]
@@ -90,6 +91,7 @@ def record(
     seed: int = 0,
     device: torch.device | str | None = None,
     prefix: ProbePrefix | None = None,
+    reference: Reference | None = None,
     overwrite: bool = False,
     overhead_batches: int = 0,
     progress: Callable[[Progress], None] | None = None,
@@ -111,6 +113,7 @@ def record(
         seed: added to the probe set's seed for the draw of stored rows.
         device: where to run; None leaves the model where it is.
         prefix: cached lower layers; they are skipped in every forward.
+        reference: an anchor whose parameters are applied to the inputs of this pass too; see `Reference`.
         overwrite: replace an existing file at the end; otherwise an existing file is an error.
         overhead_batches: on how many batches to time the recorded forward against the bare one (0: not measured).
             The figure goes into the summary only: a file with a time in it could not be the same byte for byte.
@@ -148,18 +151,24 @@ def record(
         sites=[site.info for site in sites],
         probes=probes.tasks,
         sample_ids={task: [row.id for row in rows] for task, rows in probes.samples.items()},
-        meta={**checkpoint_meta, "checkpoint": name, **_environment(first.dtype, target), **settings},
+        meta={**checkpoint_meta, "checkpoint": name, **_environment(first.dtype, target), **settings}
+        | ({} if reference is None else reference.meta),
         n_tokens=plan.stored_tokens,
+        reference=reference is not None,
         overwrite=overwrite,
     )
     overhead = None
-    with writer, inference(root, target), nullcontext() if prefix is None else prefix.prefix.skipping():
-        observer = Observer(sites)
+    skipping = nullcontext() if prefix is None else prefix.prefix.skipping()
+    with writer, inference(root, target), skipping, forward_context(model):
+        observer = Observer(sites, reference)
         if overhead_batches:
             timed = list(itertools.islice(plan.batches(), overhead_batches))
             overhead = overhead_percent(paired_ratios(root, observer, timed))
         _run(root, observer, plan, writer, lambda task, done: _report(progress, f"{name} on {task}", done, len(probes)))
         _write_weights(writer, sites)
+        if reference is not None:
+            for number, grams in enumerate(reference_grams(sites, reference)):
+                writer.set_reference_grams(number, grams)
     return RecordingSummary(
         path=out,
         checkpoint=name,

@@ -24,6 +24,7 @@ from driftlens.recording.checkpoints import (
 from driftlens.recording.probe_files import load_probes
 from driftlens.recording.probes import ProbeSet
 from driftlens.recording.recorder import Progress, RecordingSummary, inference, record, recording_settings
+from driftlens.recording.reference import load_reference
 from driftlens.recording.sites import base_module, find_sites
 from driftlens.store import RunLock, open_recording, verify_recording
 from driftlens.store.manifest import Manifest, sha256_file
@@ -43,6 +44,7 @@ def record_checkpoint(
     probes: Path | str | ProbeSet | None = None,
     out: Path | str | None = None,
     *,
+    reference: Path | str | None = None,
     batch_size: int = 16,
     tokens_per_sample: int | None = None,
     device: torch.device | str | None = None,
@@ -57,6 +59,7 @@ def record_checkpoint(
         base: base model; None takes the one that the adapter names.
         probes: probe set or its folder; None takes the probes of the built-in stream.
         out: the file to write; None for ``NAME.h5`` in the current folder.
+        reference: folder of an anchor checkpoint whose parameters are applied to the inputs of this pass too.
         batch_size: samples per forward.
         tokens_per_sample: stored rows per sample (None: what the probe set says).
         device: where to run; None takes a GPU if there is one.
@@ -80,6 +83,7 @@ def record_checkpoint(
         Path(f"{folder.name}.h5") if out is None else Path(out),
         encoder=loaded.backbone.encoder,
         checkpoint_meta=loaded.meta,
+        reference=None if reference is None else load_reference(loaded, reference),
         batch_size=batch_size,
         tokens_per_sample=tokens_per_sample,
         overwrite=overwrite,

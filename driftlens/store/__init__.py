@@ -3,7 +3,7 @@
 from driftlens.store.atomic import atomic_file, atomic_folder, write_bytes, write_json
 from driftlens.store.lock import RunLock
 from driftlens.store.manifest import FileEntry, Manifest, leftovers, sha256_file
-from driftlens.store.reader import Group, Recording, open_recording
+from driftlens.store.reader import Group, Recording, ReferenceGroup, open_recording
 from driftlens.store.schema import Grams, Problem, SiteInfo, estimate_bytes, group_sites
 from driftlens.store.thin import gram_matrices, thin_recording
 from driftlens.store.verify import verify_recording
@@ -17,6 +17,7 @@ __all__ = [
     "Problem",
     "Recording",
     "RecordingWriter",
+    "ReferenceGroup",
     "RunLock",
     "SiteInfo",
     "atomic_file",

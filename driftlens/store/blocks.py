@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftlens.store.encoding import create
-from driftlens.store.schema import value_shapes
+from driftlens.store.schema import REFERENCE_PREFIX, value_shapes
 
 __all__ = ["TokenBlock", "block_length"]
 
@@ -119,11 +119,22 @@ class TokenBlock:
         return new
 
 
-def value_blocks(parent: h5py.Group, n_sites: int, num_experts: int, rank: int, length: int) -> dict[str, TokenBlock]:
-    """Return one block per token value of a group."""
-    shapes = value_shapes(n_sites, 0, num_experts, rank)
+def value_blocks(
+    parent: h5py.Group, n_sites: int, num_experts: int, rank: int, length: int, *, reference: bool = False
+) -> dict[str, TokenBlock]:
+    """Return one block per token value of a group, with those of a reference in its subgroup."""
+    shapes = value_shapes(n_sites, 0, num_experts, rank, reference=reference)
+    inner = parent.create_group(REFERENCE_PREFIX.rstrip("/")) if reference else parent
     return {
-        name: TokenBlock(parent, name, shape, axis=1, dtype=np.float16, length=length) for name, shape in shapes.items()
+        name: TokenBlock(
+            inner if name.startswith(REFERENCE_PREFIX) else parent,
+            name.removeprefix(REFERENCE_PREFIX),
+            shape,
+            axis=1,
+            dtype=np.float16,
+            length=length,
+        )
+        for name, shape in shapes.items()
     }
 
 

@@ -58,7 +58,14 @@ def check_shapes(
 
 
 def check_values(
-    path: Path, group: int, sites: Sequence[SiteInfo], probe: str, n: int, given: Mapping[str, NDArray[Any]]
+    path: Path,
+    group: int,
+    sites: Sequence[SiteInfo],
+    probe: str,
+    n: int,
+    given: Mapping[str, NDArray[Any]],
+    *,
+    reference: bool = False,
 ) -> None:
     """Check the token values of one group's ``sites``.
 
@@ -66,7 +73,7 @@ def check_values(
         FormatError: names or shapes that do not fit.
         SiteError: a value that is not finite, or a gate row that does not sum to 1.
     """
-    expected = value_shapes(len(sites), n, sites[0].num_experts, sites[0].rank)
+    expected = value_shapes(len(sites), n, sites[0].num_experts, sites[0].rank, reference=reference)
     check_shapes(path, group, given, expected)
     for name in expected:
         if not is_finite(given[name]):

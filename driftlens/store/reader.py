@@ -17,6 +17,9 @@ from driftlens.store.encoding import to_float32
 from driftlens.store.guard import GuardedFile, LazyArray
 from driftlens.store.schema import (
     MAX_EXTENT,
+    REFERENCE_GRAMS,
+    REFERENCE_PREFIX,
+    REFERENCE_STATS,
     SCHEMA_VERSION,
     SITE_COLUMNS,
     SITE_DEFAULTS,
@@ -33,7 +36,7 @@ from driftlens.store.schema import (
     weights_name,
 )
 
-__all__ = ["Group", "Recording", "open_recording"]
+__all__ = ["Group", "Recording", "ReferenceGroup", "open_recording"]
 
 _VALUE_TYPES = ("<f2", "<f4")
 
@@ -42,9 +45,13 @@ class _Stats(Mapping[str, NDArray[np.float64]]):
     """The sums of one group; each is read when it is first asked for and then kept."""
 
     def __init__(
-        self, file: GuardedFile, key: str, shapes: Mapping[str, tuple[int, ...]], full: dict[str, tuple[int, ...]]
+        self,
+        file: GuardedFile,
+        keys: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        full: dict[str, tuple[int, ...]],
     ):
-        self._file, self._key, self._shapes, self._full = file, key, shapes, full
+        self._file, self._keys, self._shapes, self._full = file, keys, shapes, full
         self._read: dict[str, NDArray[np.float64]] = {}
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
@@ -52,7 +59,7 @@ class _Stats(Mapping[str, NDArray[np.float64]]):
             raise UnknownNameError("sum", name, self._full)
         if name not in self._read:
             if name in self._shapes:
-                self._read[name] = self._file.array(f"{self._key}/{name}", self._shapes[name], ("<f8",))[...]
+                self._read[name] = self._file.array(self._keys[name], self._shapes[name], ("<f8",))[...]
             else:
                 self._read[name] = np.full(self._full[name], np.nan)
         return self._read[name]
@@ -84,13 +91,29 @@ class Group:
         self.num_experts, self.rank = first.num_experts, first.rank
         self._recording, self._key = recording, f"/{group_name(index)}"
         n_sites, n_probes = len(members), len(recording.probes)
-        shapes = stats_shapes(n_sites, n_probes, self.num_experts, self.rank)
+        shapes = self._stats_shapes(n_sites, n_probes)
         empty = (n_sites, n_probes, self.num_experts, 0)
         full: dict[str, tuple[int, ...]] = {"gated_energy": empty, "second_moment": (*empty, 0)}
-        full |= dict.fromkeys(("energy", "expert_sq"), empty[:-1])
+        full |= dict.fromkeys(("energy", "expert_sq", "drift_sq"), empty[:-1])
+        keys = self._stats_keys()
         self.stats: Mapping[str, NDArray[np.float64]] = _Stats(
-            recording.file, f"{self._key}/stats", shapes, {name: shapes.get(name) or full[name] for name in STATS}
+            recording.file, keys, shapes, {name: shapes.get(name) or full[name] for name in keys}
         )
+
+    def _stats_keys(self) -> dict[str, str]:
+        return {name: f"{self._key}/stats/{name}" for name in STATS}
+
+    def _stats_shapes(self, n_sites: int, n_probes: int) -> dict[str, tuple[int, ...]]:
+        return stats_shapes(n_sites, n_probes, self.num_experts, self.rank)
+
+    @cached_property
+    def reference(self) -> ReferenceGroup | None:
+        """What the reference's parameters made of the same inputs; None in a recording without a reference."""
+        return ReferenceGroup(self._recording, self.index, self.site_index.tolist()) if self._has_reference else None
+
+    @property
+    def _has_reference(self) -> bool:
+        return "reference" in self._recording.file.members(self._key)
 
     @cached_property
     def gate(self) -> LazyArray:
@@ -143,6 +166,50 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group({self.index}: {len(self.site_index)} sites, E={self.num_experts}, r={self.rank})"
+
+
+class ReferenceGroup(Group):
+    """The same sites and tokens of the same pass, seen with the parameters of the reference checkpoint.
+
+    Everything of `Group`: gates, pathways and expert norms are the reference's; ``base_norm``, ``count`` and
+    ``base_sq`` belong to the pass and are its own. Sites and experts that the reference lacks have gate 0 and output 0.
+    ``stats`` has one sum more: ``drift_sq`` [S, probe, E] = sum ||o_e - o_e(reference)||^2 over all tokens.
+    """
+
+    def __init__(self, recording: Recording, index: int, members: Sequence[int]) -> None:
+        super().__init__(recording, index, members)
+        self._key = f"/{group_name(index)}/reference"
+
+    def _stats_keys(self) -> dict[str, str]:
+        own = {name: f"{self._key}/reference/stats/{name}" for name in REFERENCE_STATS}
+        return super()._stats_keys() | own
+
+    def _stats_shapes(self, n_sites: int, n_probes: int) -> dict[str, tuple[int, ...]]:
+        shapes = stats_shapes(n_sites, n_probes, self.num_experts, self.rank, reference=True)
+        return {name.removeprefix(REFERENCE_PREFIX): shape for name, shape in shapes.items()}
+
+    @property
+    def base_norm(self) -> LazyArray:
+        """[S, N] norm of the base module's output in this pass."""
+        return self._recording.groups[self.index].base_norm
+
+    @property
+    def _has_reference(self) -> bool:
+        return False
+
+    @property
+    def grams(self) -> dict[str, LazyArray] | None:
+        """``anchor`` = B0^T B0, ``cross`` = B0^T B1 and ``current`` = B1^T B1 [S, E*r, E*r], unread; None where r is 0.
+
+        B0 are the reference's factors, B1 this checkpoint's, both with their scaling.
+        """
+        if not self.rank:
+            return None
+        flat = self.num_experts * self.rank
+        shape = (len(self.site_index), flat, flat)
+        return {
+            name: self._recording.file.array(f"{self._key}/grams/{name}", shape, ("<f8",)) for name in REFERENCE_GRAMS
+        }
 
 
 class Recording:
@@ -265,6 +332,18 @@ class Recording:
         if not 0 <= site < len(self.sites):
             raise UnknownNameError("site", str(site), self._site_number)
         return int(site)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the parameters of a reference checkpoint were applied to the inputs of this pass."""
+        return self.groups[0].reference is not None
+
+    def reference(self, group: Group | int) -> ReferenceGroup | None:
+        """Return what the reference's parameters made of the inputs of a group; None without a reference.
+
+        ``meta["reference"]`` and ``meta["reference_sha256"]`` say which checkpoint it is.
+        """
+        return (self.groups[group] if isinstance(group, int) else group).reference
 
     def locate(self, site: str | int) -> tuple[Group, int]:
         """Return the group of a site and the site's row in it."""

@@ -25,6 +25,10 @@ __all__ = [
     "MAX_NAME_BYTES",
     "MAX_TOKENS",
     "PATHWAY_NAMES",
+    "REFERENCE_GRAMS",
+    "REFERENCE_PREFIX",
+    "REFERENCE_STATS",
+    "REFERENCE_VALUES",
     "SCHEMA_MAJOR",
     "SCHEMA_VERSION",
     "SEMANTICS",
@@ -84,8 +88,21 @@ STATS: Final[dict[str, tuple[str, ...]]] = {
     "base_sq": ("site", "probe"),
 }
 
+#: What a recording with a reference adds to every group: the anchor's parameters on the same inputs. A writer is given
+#: these names with ``reference/`` before them, and stores them in ``/group_G/reference`` and its ``stats``.
+REFERENCE_PREFIX: Final = "reference/"
+REFERENCE_VALUES: Final = {name: axes for name, axes in VALUES.items() if name != "base_norm"}
+REFERENCE_STATS: Final = {name: axes for name, axes in STATS.items() if name not in ("count", "base_sq")} | {
+    "drift_sq": ("site", "probe", "expert")
+}
+
+#: Gram matrices of all B between anchor and current, scalings included: names in ``/group_G/reference/grams``.
+REFERENCE_GRAMS: Final = ("anchor", "cross", "current")
+
 #: Values and sums that exist only where a site has low-rank pathways.
-PATHWAY_NAMES: Final = frozenset({"pathway", "expert_norm", "gated_energy", "second_moment", "energy", "expert_sq"})
+PATHWAY_NAMES: Final = frozenset(
+    {"pathway", "expert_norm", "gated_energy", "second_moment", "energy", "expert_sq", "drift_sq"}
+)
 
 #: Columns of /tokens (axis: token): name -> type. ``sample`` counts within the probe.
 TOKEN_COLUMNS: Final[dict[str, str]] = {
@@ -264,14 +281,24 @@ def weights_name(site: int) -> str:
     return f"site_{site:05d}"
 
 
-def value_shapes(n_sites: int, n_tokens: int, num_experts: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a group's token values; those of pathways are absent where the rank is 0."""
+def value_shapes(
+    n_sites: int, n_tokens: int, num_experts: int, rank: int, *, reference: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a group's token values; those of pathways are absent where the rank is 0.
+
+    ``reference`` adds the values of a reference, ``reference/NAME``.
+    """
     sizes = {"site": n_sites, "token": n_tokens, "expert": num_experts, "rank": rank}
-    return _shapes(VALUES, sizes)
+    return _shapes(VALUES, sizes) | (_prefixed(_shapes(REFERENCE_VALUES, sizes)) if reference else {})
 
 
-def stats_shapes(n_sites: int, n_probes: int, num_experts: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a group's sums; those of pathways are absent where the rank is 0."""
+def stats_shapes(
+    n_sites: int, n_probes: int, num_experts: int, rank: int, *, reference: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a group's sums; those of pathways are absent where the rank is 0.
+
+    ``reference`` adds the sums of a reference, ``reference/NAME``.
+    """
     sizes = {
         "site": n_sites,
         "probe": n_probes,
@@ -280,7 +307,11 @@ def stats_shapes(n_sites: int, n_probes: int, num_experts: int, rank: int) -> di
         "rank": rank,
         "rank_col": rank,
     }
-    return _shapes(STATS, sizes)
+    return _shapes(STATS, sizes) | (_prefixed(_shapes(REFERENCE_STATS, sizes)) if reference else {})
+
+
+def _prefixed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {REFERENCE_PREFIX + name: shape for name, shape in shapes.items()}
 
 
 def _shapes(table: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -289,7 +320,9 @@ def _shapes(table: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> d
     return {name: shape for name, shape in shapes.items() if name not in PATHWAY_NAMES or sizes["rank"] > 0}
 
 
-def estimate_bytes(sites: Sequence[SiteInfo], n_tokens: int, n_probes: int, *, weights: bool = True) -> int:
+def estimate_bytes(
+    sites: Sequence[SiteInfo], n_tokens: int, n_probes: int, *, weights: bool = True, reference: bool = False
+) -> int:
     """Return the bytes of a recording's arrays before compression: an upper estimate of the file's size.
 
     Args:
@@ -297,14 +330,18 @@ def estimate_bytes(sites: Sequence[SiteInfo], n_tokens: int, n_probes: int, *, w
         n_tokens: stored tokens over all probes.
         n_probes: number of probes.
         weights: whether the parameters are stored too.
+        reference: whether a reference is recorded too.
     """
     total = n_tokens * sum(np.dtype(dtype).itemsize for dtype in TOKEN_COLUMNS.values())
     for members in group_sites(sites):
         first = sites[members[0]]
-        for shape in value_shapes(len(members), n_tokens, first.num_experts, first.rank).values():
+        extent = first.num_experts, first.rank
+        for shape in value_shapes(len(members), n_tokens, *extent, reference=reference).values():
             total += 2 * math.prod(shape)
-        for shape in stats_shapes(len(members), n_probes, first.num_experts, first.rank).values():
+        for shape in stats_shapes(len(members), n_probes, *extent, reference=reference).values():
             total += 8 * math.prod(shape)
+        if reference:
+            total += 8 * len(REFERENCE_GRAMS) * len(members) * math.prod(extent) ** 2
     if weights:
         total += sum(4 * site.num_experts * (site.rank * (site.d_in + site.d_out) + site.d_in) for site in sites)
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from driftlens.errors import ConfigError, FormatError
 from driftlens.store.reader import Group, Recording, open_recording
-from driftlens.store.schema import PATHWAY_NAMES, STATS, VALUES, Grams
+from driftlens.store.schema import (
+    PATHWAY_NAMES,
+    REFERENCE_PREFIX,
+    REFERENCE_STATS,
+    REFERENCE_VALUES,
+    STATS,
+    VALUES,
+    Grams,
+)
 from driftlens.store.writer import RecordingWriter
 
 __all__ = ["gram_matrices", "thin_recording"]
@@ -116,12 +124,18 @@ def thin_recording(
             sample_ids={probe: source.sample_ids(probe) for probe in source.probes},
             meta=source.meta | {"thinned": True},
             n_tokens=int(keep.sum()),
+            reference=source.has_reference,
             overwrite=overwrite,
         ) as writer:
             _copy_tokens(source, writer, keep)
             for group in source.groups:
-                present = [name for name in STATS if group.rank or name not in PATHWAY_NAMES]
-                writer.set_stats(group.index, {name: group.stats[name] for name in present})
+                stats = {name: group.stats[name] for name in _present(group, STATS)}
+                if group.reference is not None:
+                    names, inner = _present(group, REFERENCE_STATS), group.reference
+                    stats |= {REFERENCE_PREFIX + name: inner.stats[name] for name in names}
+                    stored = inner.grams or {}
+                    writer.set_reference_grams(group.index, {name: array[...] for name, array in stored.items()})
+                writer.set_stats(group.index, stats)
             if grams is not None:
                 writer.set_grams(grams)
 
@@ -144,8 +158,17 @@ def _copy_tokens(source: Recording, writer: RecordingWriter, keep: NDArray[np.bo
         part = source.token_slice(probe)
         chosen = keep[part]
         columns: dict[str, Any] = {name: column[chosen] for name, column in source.tokens(probe).items()}
-        values = [
-            {name: group.read(name, probe)[:, chosen] for name in VALUES if name not in PATHWAY_NAMES or group.rank}
-            for group in source.groups
-        ]
+        values = [_rows(group, probe, chosen) for group in source.groups]
         writer.append(probe, **columns, values=values)
+
+
+def _rows(group: Group, probe: str, chosen: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
+    rows = {name: group.read(name, probe)[:, chosen] for name in _present(group, VALUES)}
+    if group.reference is not None:
+        for name in _present(group, REFERENCE_VALUES):
+            rows[REFERENCE_PREFIX + name] = group.reference.read(name, probe)[:, chosen]
+    return rows
+
+
+def _present(group: Group, names: Iterable[str]) -> list[str]:
+    return [name for name in names if group.rank or name not in PATHWAY_NAMES]

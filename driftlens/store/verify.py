@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from driftlens.errors import FormatError, NotFoundError
 from driftlens.store.encoding import is_finite
 from driftlens.store.guard import LazyArray
-from driftlens.store.reader import Group, Recording
+from driftlens.store.reader import Group, Recording, ReferenceGroup
 from driftlens.store.schema import (
     GATE_SUM_TOLERANCE,
     PATHWAY_NAMES,
+    REFERENCE_GRAMS,
+    REFERENCE_STATS,
+    REFERENCE_VALUES,
     SITE_COLUMNS,
     SITE_TEXT_COLUMNS,
     STATS,
@@ -64,6 +67,7 @@ def _checks(recording: Recording) -> Iterator[Callable[[], Iterator[str]]]:
             if name not in PATHWAY_NAMES or group.rank:
                 yield partial(_check_value, recording, group, name)
         yield partial(_check_stats, recording, group)
+        yield partial(_check_reference, recording, group)
         if recording.has_grams and group.rank:
             yield partial(_check_grams, recording, group)
     if recording.has_weights:
@@ -80,8 +84,15 @@ def _expected_members(recording: Recording) -> Iterator[tuple[str, set[str], set
     yield "/tokens", set(), set(TOKEN_COLUMNS)
     for name in groups:
         # The sites of a group were compared with /sites when the file was opened.
-        yield f"/{name}", {"expert", "expert_col", "rank", "rank_col"}, {"site", "stats", *VALUES}
+        reference = {"reference"} if recording.has_reference else set()
+        yield f"/{name}", {"expert", "expert_col", "rank", "rank_col"}, {"site", "stats", *VALUES, *reference}
         yield f"/{name}/stats", set(), set(STATS)
+    for group in recording.groups if recording.has_reference else ():
+        key = f"/{group_name(group.index)}/reference"
+        yield key, set(), {"stats", *REFERENCE_VALUES, *(("grams",) if group.rank else ())}
+        yield f"{key}/stats", set(), set(REFERENCE_STATS)
+        if group.rank:
+            yield f"{key}/grams", {"pathway", "pathway_col"}, set(REFERENCE_GRAMS)
     if recording.has_weights:
         sites = [weights_name(site) for site in range(len(recording.sites))]
         yield "/weights", set(), set(sites)
@@ -137,8 +148,10 @@ def _check_value(recording: Recording, group: Group, name: str) -> Iterator[str]
     for start, part in _blocks(array):
         bad = ~np.isfinite(part) if not is_finite(part) else np.zeros(0, dtype=np.bool_)
         if name == "gate" and not bad.any():
-            bad = np.abs(part.sum(axis=-1, dtype=np.float64) - 1) > GATE_SUM_TOLERANCE
-            bad &= normalised[start : start + len(part), None]
+            total = part.sum(axis=-1, dtype=np.float64)
+            bad = np.abs(total - 1) > GATE_SUM_TOLERANCE
+            # A reference may lack a site: nobody acts there.
+            bad &= normalised[start : start + len(part), None] & ~(isinstance(group, ReferenceGroup) & (total == 0))
         if bad.any():
             row = start + int(np.argmax(bad.reshape(len(part), -1).any(axis=1)))
             site = recording.sites[int(group.site_index[row])].name
@@ -164,6 +177,28 @@ def _check_stats(recording: Recording, group: Group) -> Iterator[str]:
         row = int(np.argmax(wrong.any(axis=1)))
         site = recording.sites[int(group.site_index[row])].name
         yield f"{key}/gate_sum of site {site!r} does not add up to count; record it again."
+
+
+def _check_reference(recording: Recording, group: Group) -> Iterator[str]:
+    inner, key = group.reference, f"/{group_name(group.index)}/reference"
+    if (inner is not None) != recording.has_reference:
+        yield f"{key} exists in some groups only; record it again."
+    if inner is None:
+        return
+    for name in REFERENCE_VALUES:
+        if name not in PATHWAY_NAMES or group.rank:
+            yield from _check_value(recording, inner, name)
+    for name in REFERENCE_STATS:
+        if not is_finite(inner.stats[name]) and (group.rank or name not in PATHWAY_NAMES):
+            yield f"{key}/stats/{name} has values that are not finite; record it again."
+    count, total = inner.stats["count"], inner.stats["gate_sum"].sum(axis=-1)
+    wrong = (np.abs(total - count) > GATE_SUM_TOLERANCE * count) & _normalised(recording, group)[:, None] & (total != 0)
+    if wrong.any():
+        site = recording.sites[int(group.site_index[int(np.argmax(wrong.any(axis=1)))])].name
+        yield f"{key}/stats/gate_sum of site {site!r} does not add up to count; record it again."
+    for array in (inner.grams or {}).values():
+        if not all(is_finite(part) for _, part in _blocks(array)):
+            yield f"{array.key} has values that are not finite; record it again."
 
 
 def _normalised(recording: Recording, group: Group) -> NDArray[np.bool_]:

@@ -20,6 +20,9 @@ from driftlens.store.checks import check_columns, check_names, check_shapes, che
 from driftlens.store.encoding import FILE_FORMAT, attach, create_scale, create_text, is_finite, set_attr, write
 from driftlens.store.lock import RunLock
 from driftlens.store.schema import (
+    REFERENCE_GRAMS,
+    REFERENCE_PREFIX,
+    REFERENCE_STATS,
     SCHEMA_VERSION,
     SITE_COLUMNS,
     SITE_TEXT_COLUMNS,
@@ -39,6 +42,8 @@ from driftlens.store.verify import verify_recording
 
 __all__ = ["RecordingWriter"]
 
+_STAT_AXES = STATS | REFERENCE_STATS
+
 
 class RecordingWriter:
     """Writes one recording; use it as a context manager.
@@ -55,6 +60,8 @@ class RecordingWriter:
         meta: attributes of the recording (checkpoint, base, hashes, versions, ...): text, numbers, lists, dicts.
         n_tokens: how many token rows will be appended in all, if known: the disk is asked beforehand and the number
             is checked at the end.
+        reference: whether an anchor answered to the same inputs: values and sums then come with its own beside them
+            (``reference/NAME``), and `set_reference_grams` is called for every group.
         overwrite: True replaces an existing recording at the end; False refuses at once.
 
     Raises:
@@ -72,16 +79,19 @@ class RecordingWriter:
         sample_ids: Mapping[str, Sequence[str]],
         meta: Mapping[str, Any],
         n_tokens: int | None = None,
+        reference: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
         self.sites, self.probes, self.n_tokens, self.overwrite = list(sites), list(probes), n_tokens, overwrite
         self.groups = group_sites(self.sites)
         self.sample_ids = {probe: list(sample_ids.get(probe, ())) for probe in self.probes}
+        self.reference = reference
         self._meta = dict(meta)
         check_names(self.path, self.sites, self.probes, sample_ids)
         self._stats: dict[int, dict[str, NDArray[Any]]] = {}
         self._grams: Grams | None = None
+        self._reference_grams: dict[int, dict[str, NDArray[np.float64]]] = {}
         self._weights: set[int] = set()
         self._last_probe = 0
         self._count = 0
@@ -100,7 +110,9 @@ class RecordingWriter:
                     f"Cannot write {self.path}: the folder {self.path.parent} does not exist. Create it first."
                 )
             stack.enter_context(RunLock(self.path, file=True))
-            needed = None if self.n_tokens is None else estimate_bytes(self.sites, self.n_tokens, len(self.probes))
+            needed = None
+            if self.n_tokens is not None:
+                needed = estimate_bytes(self.sites, self.n_tokens, len(self.probes), reference=self.reference)
             self._partial = stack.enter_context(atomic_file(self.path, overwrite=self.overwrite, needed=needed))
             self._sink = stack.enter_context(Sink(self._partial))
             self._h5 = h5py.File(self._sink, "w", libver=FILE_FORMAT)
@@ -156,7 +168,8 @@ class RecordingWriter:
         self._columns = column_blocks(h5.create_group("tokens"), TOKEN_COLUMNS, length)
         self._token_scale = TokenBlock(h5, "token", (0,), axis=0, dtype=np.dtype("<i4"), length=length)
         self._values = [
-            value_blocks(h5.create_group(group_name(index)), *extent, length) for index, extent in enumerate(extents)
+            value_blocks(h5.create_group(group_name(index)), *extent, length, reference=self.reference)
+            for index, extent in enumerate(extents)
         ]
 
     def _write_samples(self, group: h5py.Group) -> None:
@@ -198,7 +211,8 @@ class RecordingWriter:
             token_id: [n] vocabulary index.
             role: [n] index of the role (image, prompt, answer).
             values: per group the arrays ``gate`` [S, n, E], ``pathway`` [S, n, E, r] (absent where r is 0),
-                ``expert_norm`` [S, n, E] and ``base_norm`` [S, n]. They are copied.
+                ``expert_norm`` [S, n, E] and ``base_norm`` [S, n], and with a reference ``reference/gate``,
+                ``reference/pathway`` and ``reference/expert_norm``. They are copied.
 
         Raises:
             FormatError: shapes that do not fit, probes out of order, unknown samples.
@@ -217,7 +231,8 @@ class RecordingWriter:
                 f"{self.path}: values for {len(values)} groups were appended; the sites form {len(self.groups)}."
             )
         for group, (members, given) in enumerate(zip(self.groups, values, strict=True)):
-            check_values(self.path, group, [self.sites[site] for site in members], probe, n, given)
+            sites = [self.sites[site] for site in members]
+            check_values(self.path, group, sites, probe, n, given, reference=self.reference)
         with self._storing():
             for name, block in self._columns.items():
                 block.append(arrays[name])
@@ -243,14 +258,15 @@ class RecordingWriter:
 
         Args:
             group: index of the group.
-            stats: every name of the table that applies, float64.
+            stats: every name of the table that applies, float64; with a reference also those of
+                `schema.REFERENCE_STATS`, as ``reference/NAME``.
 
         Raises:
             FormatError: names or shapes that do not fit.
             SiteError: sums that are not finite.
         """
         n_sites, experts, rank = self._extent(group)
-        expected = stats_shapes(n_sites, len(self.probes), experts, rank)
+        expected = stats_shapes(n_sites, len(self.probes), experts, rank, reference=self.reference)
         check_shapes(self.path, group, stats, expected)
         for name in expected:
             if not is_finite(stats[name]):
@@ -304,12 +320,35 @@ class RecordingWriter:
             check_shapes(self.path, group, arrays, shapes)
         self._grams = grams
 
+    def set_reference_grams(self, group: int, grams: Mapping[str, NDArray[np.float64]]) -> None:
+        """Store the Gram matrices between the factors B of the reference and of this checkpoint.
+
+        Args:
+            group: index of the group.
+            grams: ``anchor`` = B0^T B0, ``cross`` = B0^T B1, ``current`` = B1^T B1, each [S, E*r, E*r] with the
+                scalings included; empty where the rank is 0.
+
+        Raises:
+            FormatError: shapes that do not fit, or a recording without a reference.
+        """
+        n_sites, experts, rank = self._extent(group)
+        flat = experts * rank
+        names = REFERENCE_GRAMS if self.reference and rank else ()
+        check_shapes(self.path, group, grams, dict.fromkeys(names, (n_sites, flat, flat)))
+        self._reference_grams[group] = {name: np.array(grams[name], dtype=np.float64) for name in names}
+
     def _finish(self) -> None:
         h5 = self._file
         missing = sorted(set(range(len(self.groups))) - self._stats.keys())
         if missing:
             raise FormatError(
                 f"{self.path}: the sums of group {missing[0]} were never given; call set_stats for every group."
+            )
+        missing = sorted(set(range(len(self.groups))) - self._reference_grams.keys())
+        if self.reference and missing:
+            raise FormatError(
+                f"{self.path}: the reference's Gram matrices of group {missing[0]} were never given; call "
+                "set_reference_grams for every group."
             )
         if self._weights and len(self._weights) < len(self.sites):
             absent = next(site.name for index, site in enumerate(self.sites) if index not in self._weights)
@@ -354,11 +393,24 @@ class RecordingWriter:
             scales |= {name: create_scale(group, name, np.arange(rank)) for name in ("rank", "rank_col")}
         for name, block in self._values[index].items():
             block.flush()
-            attach(group[name], VALUES[name], scales)
-        stats = group.create_group("stats")
+            attach(group[name], VALUES[name.removeprefix(REFERENCE_PREFIX)], scales)
+        folders = [(group.create_group("stats"), "")]
+        if self.reference:
+            folders.append((group["reference"].create_group("stats"), REFERENCE_PREFIX))
         for name, array in self._stats[index].items():
-            chunks = array.shape if STATS[name][0] == "probe" else (1, *array.shape[1:])
-            attach(write(stats, name, array, dtype="<f8", chunks=chunks), STATS[name], scales)
+            parent, prefix = folders[name.startswith(REFERENCE_PREFIX)]
+            axes = _STAT_AXES[name.removeprefix(prefix)]
+            chunks = array.shape if axes[0] == "probe" else (1, *array.shape[1:])
+            attach(write(parent, name.removeprefix(prefix), array, dtype="<f8", chunks=chunks), axes, scales)
+        if self.reference and rank:
+            self._write_reference_grams(group["reference"].create_group("grams"), index, scales["site"])
+
+    def _write_reference_grams(self, parent: h5py.Group, index: int, site: h5py.Dataset) -> None:
+        _, experts, rank = self._extent(index)
+        axes = ("site", "pathway", "pathway_col")
+        scales = {name: create_scale(parent, name, np.arange(experts * rank)) for name in axes[1:]} | {"site": site}
+        for name, array in self._reference_grams[index].items():
+            attach(write(parent, name, array, dtype="<f8", chunks=(1, *array.shape[1:])), axes, scales)
 
     def _write_grams(self, parent: h5py.Group, grams: Grams) -> None:
         scales = {"checkpoint": create_scale(parent, "checkpoint", grams.checkpoints)}
