@@ -103,13 +103,25 @@ class Plan:
         self.tokens = sum(int(keep.sum()) for rows in self._kept.values() for keep in rows)
         self.stored_tokens = sum(len(chosen) for rows in self._chosen.values() for chosen in rows)
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the batches of all tasks in order."""
+    @property
+    def cuts(self) -> list[tuple[str, list[int]]]:
+        """Task and samples of every batch, in order."""
+        found = []
         for task in self.encoded:
             # a sample without any token to record would only cost time
             useful = [i for i, keep in enumerate(self._kept[task]) if keep.any()]
-            for start in range(0, len(useful), self.batch_size):
-                yield self._batch(task, useful[start : start + self.batch_size])
+            found += [(task, useful[at : at + self.batch_size]) for at in range(0, len(useful), self.batch_size)]
+        return found
+
+    @property
+    def largest(self) -> int:
+        """The most rows that one batch stores."""
+        return max((sum(len(self._chosen[task][i]) for i in samples) for task, samples in self.cuts), default=0)
+
+    def batches(self, first: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Yield the batches of all tasks in order, or every ``step``-th of them from number ``first``."""
+        for task, samples in self.cuts[first::step]:
+            yield self._batch(task, samples)
 
     def _batch(self, task: str, samples: Sequence[int]) -> Batch:
         rows = [self.encoded[task][i] for i in samples]
