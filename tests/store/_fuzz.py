@@ -6,6 +6,7 @@ therefore *sealed*: they know where blocks, messages, addresses and chunks lie a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import struct
@@ -27,7 +28,8 @@ NUMBERS = (0, 1, 2, 3, 4, 7, 8, 16, 255, 256, 4096, 65535, 1 << 16, (1 << 31) - 
            1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
 WORDS = (b"gate", b"pathway", b"sites", b"probe", b"probe_index", b"token", b"stats", b"count", b"weights", b"grams",
          b"site", b"CLASS", b"NAME", b"DIMENSION_SCALE", b"DIMENSION_LIST", b"REFERENCE_LIST", b"_Encoding", b"json:",
-         b"driftlens_schema", b"1.0", b"1.1", b"softmax", b"down_proj", b"model.layers", b"group_0", b"rank")  # fmt: skip
+         b"driftlens_schema", b"1.0", b"1.1", b"softmax", b"down_proj", b"model.layers", b"group_0",
+         b"rank")  # fmt: skip
 _MASK = 0xFFFFFFFF
 
 
@@ -185,7 +187,8 @@ def _messages(data: bytes, start: int, length: int) -> list[tuple[int, int]]:
 def everything(path: Path) -> list[Any]:
     """All that a recording holds, through the reader."""
     with open_recording(path) as r:
-        out: list[Any] = [r.sites, r.probes, repr(r.meta), [r.sample_ids(probe) for probe in r.probes], r.gram_checkpoints]
+        out: list[Any] = [r.sites, r.probes, repr(r.meta), r.gram_checkpoints]
+        out.append([r.sample_ids(probe) for probe in r.probes])
         for probe in r.probes:
             out.append({name: column.tobytes() for name, column in r.tokens(probe).items()})
             names = ("gate", "pathway", "expert_norm", "base_norm")
@@ -199,20 +202,28 @@ def everything(path: Path) -> list[Any]:
         return out
 
 
-def judge(path: Path, seed: Seed) -> str:
-    """What the reader makes of a file: ``refused`` on opening, ``damaged`` while reading, ``problems`` that only verify
-    sees, ``equal`` or ``different`` content without any complaint, ``missed`` where verify overlooks what reading meets.
+def judge(path: Path, seed: Seed, *, read_first: bool = False) -> str:
+    """Say what the reader makes of a file.
 
-    Any exception but the family of DriftLens leaves this function: it is a fault of the reader.
+    ``refused`` on opening, ``problems`` that verify reports, ``equal`` or ``different`` content without any complaint,
+    ``missed`` where verify overlooks what reading meets. Any exception outside the family of DriftLens leaves it:
+    it is a fault of the reader. ``read_first`` reads a file although verify would complain, as a hasty user does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = everything(path)
+            open_recording(path).close()
         except DriftLensError:
-            return "missed" if not verify_recording(path) else "refused"
+            return "refused"
+        if read_first:
+            with contextlib.suppress(DriftLensError):
+                everything(path)
         if verify_recording(path):
             return "problems"
+        try:
+            found = everything(path)
+        except DriftLensError:
+            return "missed"
     return "equal" if found == seed.content else "different"
 
 
@@ -367,8 +378,8 @@ def _shorter(data: bytearray, rng: random.Random) -> None:
 
 
 _SEALED: tuple[Callable[[Seed, bytearray, random.Random], None], ...] = (
-    _in_block, _in_block, _in_message, _in_message, _in_message, _in_heap, _pointer, _in_chunk, _in_chunk, _chunk_head, _word,
-    _swap_blocks,
+    _in_block, _in_block, _in_message, _in_message, _in_message, _in_heap, _pointer, _in_chunk, _in_chunk, _chunk_head,
+    _word, _swap_blocks,
 )  # fmt: skip
 
 
