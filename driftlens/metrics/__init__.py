@@ -22,6 +22,14 @@ from driftlens.metrics.importance import (
     rank_update_from_grams,
     spearman,
 )
+from driftlens.metrics.reference import (
+    DriftOrigin,
+    DriftOriginTokens,
+    ExpertDriftTokens,
+    drift_origin,
+    expert_drift,
+    expert_drift_tokens,
+)
 from driftlens.metrics.resample import (
     Interval,
     bootstrap,
@@ -103,6 +111,9 @@ __all__ = [
     "CoDriftTokens",
     "Concentration",
     "Definition",
+    "DriftOrigin",
+    "DriftOriginTokens",
+    "ExpertDriftTokens",
     "FormatShare",
     "Impact",
     "Interval",
@@ -130,8 +141,11 @@ __all__ = [
     "codrift",
     "codrift_from_grams",
     "dead_experts",
+    "drift_origin",
     "exceeds_noise",
     "expert_blocks",
+    "expert_drift",
+    "expert_drift_tokens",
     "expert_grams",
     "format_share",
     "gate_entropy",

@@ -21,7 +21,8 @@ COMPUTED_BY = {
     "impact": "CoDriftTokens", "responsibility_divergence": "responsibility_drift",
     "responsibility_router": "responsibility_drift", "responsibility_experts": "responsibility_drift",
     "responsibility_synergy": "responsibility_drift", "retained": "responsibility_drift", "alignment": "alignment",
-    "alignment_energy": "alignment_energy", "format_share": "format_share",
+    "alignment_energy": "alignment_energy", "format_share": "format_share", "expert_drift": "expert_drift",
+    "codrift_inherited": "drift_origin", "codrift_local": "drift_origin", "codrift_origin_cross": "drift_origin",
 }  # fmt: skip
 
 
