@@ -12,7 +12,7 @@ from torch import nn
 
 from driftlens.recording import Hooks, count_hooks, find_sites
 from driftlens.recording.observer import Observer
-from driftlens.recording.sites import base_module
+from driftlens.recording.sites import base_module, forward_context
 from driftlens.store import open_recording, verify_recording
 from tests.recording.families.suite import FamilyCase, cases, parity, probes, recorded, token_ids
 
@@ -56,7 +56,7 @@ def test_the_file_verifies_and_names_the_family(case: FamilyCase, file: Path) ->
 def test_recording_changes_no_output_and_leaves_no_hook(model: nn.Module) -> None:
     root, ids = base_module(model), token_ids(probes().task("first")[0])
     before = count_hooks(model)
-    with torch.inference_mode():
+    with torch.inference_mode(), forward_context(model):
         plain = root(input_ids=ids, **_mask(root, ids)).logits
         observer = Observer(find_sites(model))
         observer.expect(torch.arange(ids.shape[1]), torch.arange(ids.shape[1]))
@@ -95,7 +95,7 @@ def test_a_site_responds_to_its_input_as_it_did(model: nn.Module) -> None:
         site, point = points[index]
         seen[site.info.name].update({k: v.detach().clone() for k, v in site.read(point.part, args, output).items()})
 
-    with torch.inference_mode(), Hooks(root, [point for _, point in points], look):
+    with torch.inference_mode(), forward_context(model), Hooks(root, [point for _, point in points], look):
         root(input_ids=ids, **_mask(root, ids))
         for site in sites:
             values = seen[site.info.name]

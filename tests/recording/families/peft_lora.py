@@ -73,7 +73,8 @@ def watch(model: nn.Module, input_ids: Tensor, modules: Mapping[str, nn.Module])
     for name, module in modules.items():
 
         def keep(_module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-            seen[name] = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
+            # copies: some layers add to their base module's output in place
+            seen[name] = args[0].detach().flatten(0, -2).clone(), output.detach().flatten(0, -2).clone()
 
         handles.append(module.register_forward_hook(keep))
     with torch.no_grad():
@@ -85,11 +86,7 @@ def watch(model: nn.Module, input_ids: Tensor, modules: Mapping[str, nn.Module])
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """LoRA layers by their path in the base model."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLinear)
-    }
+    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLinear)}
 
 
 def truth(model: nn.Module, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
