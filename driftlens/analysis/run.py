@@ -204,7 +204,12 @@ class Run:
         path, entry = self.path / file, self.manifest.files.get(file)
         if entry is None or not path.is_file():
             state = "is not listed in the manifest" if entry is None else "is listed in the manifest but missing"
-            raise NotFoundError(f"{path} {state}. Finish the run with `driftlens train ... --resume`.")
+            advice = (
+                "A run that was collected from recordings has none; restore the file if this run was trained here."
+                if self.complete
+                else "Finish the run with `driftlens train ... --resume`."
+            )
+            raise NotFoundError(f"{path} {state}. {advice}")
         stamp = file_stamp(path)
         if self._hashed.get(file) == stamp:
             return path
