@@ -12,7 +12,8 @@ from driftlens.recording.families import MoELoraFamily
 from driftlens.recording.hooks import HookPoint, Hooks, count_hooks
 from driftlens.recording.probe_files import load_probes, write_probes
 from driftlens.recording.probes import ProbeSample, ProbeSet
-from driftlens.recording.recorder import Progress, RecordingSummary, record
+from driftlens.recording.recorder import Progress, RecordingSummary
+from driftlens.recording.recorder import record_probes as record
 from driftlens.recording.run import record_checkpoint, record_run
 from driftlens.recording.sites import SITE_FAMILIES, Site, SiteFamily, SiteWeights, find_sites
 

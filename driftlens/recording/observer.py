@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,30 +47,15 @@ class GroupBatch:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """One batch on its way to the host; `result` may be called in another thread, while the next forward runs.
+    """One batch on its way to the host; see `Observer.result`.
 
     Attributes:
         copy: the values of all groups, flat.
         layout: their names and shapes.
-        by_group: takes them apart and checks them.
     """
 
     copy: HostCopy
     layout: Sequence[tuple[str, list[int]]]
-    by_group: Callable[[NDArray[np.float32], Sequence[tuple[str, list[int]]]], list[GroupBatch]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the batch."""
-        return self.copy.nbytes
-
-    def result(self) -> list[GroupBatch]:
-        """Wait for the copy, check the values and return them by group.
-
-        Raises:
-            SiteError: a gate row does not sum to 1, or a value is not finite; names the site.
-        """
-        return self.by_group(self.copy.wait(), self.layout)
 
 
 class Observer:
@@ -207,24 +192,25 @@ class Observer:
         Raises:
             SiteError: a gate row does not sum to 1, or a value is not finite; names the site.
         """
-        return self.pending().result()
+        return self.result(self.pending())
 
     def pending(self) -> PendingBatch:
-        """Begin the copy of the batch to the host, without waiting for it (see `PendingBatch.result`)."""
+        """Begin the copy of the batch to the host, without waiting for it."""
         if self._flat is None:
             raise SiteError("No forward was observed since `expect`; run the model inside the hooks first.")
-        pending = PendingBatch(HostCopy(self._flat), self._layout, self.by_group)
+        pending = PendingBatch(HostCopy(self._flat), self._layout)
         self._flat = None
         return pending
 
-    def by_group(self, flat: NDArray[np.float32], layout: Sequence[tuple[str, list[int]]]) -> list[GroupBatch]:
-        """Check the flat values of one batch and return them by group; touches nothing that a forward changes.
+    def result(self, pending: PendingBatch) -> list[GroupBatch]:
+        """Wait for a batch, check it and return it by group; may run in another thread, beside the next forward.
 
         Raises:
             SiteError: see `take`.
         """
+        flat = pending.copy.wait()
         arrays, start = [], 0
-        for name, shape in layout:
+        for name, shape in pending.layout:
             size = int(np.prod(shape))
             arrays.append((name, flat[start : start + size].reshape(shape)))
             start += size

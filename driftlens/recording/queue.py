@@ -22,8 +22,8 @@ def check_fits_buffer(size: int, max_bytes: int | None) -> None:
     """Raise ConfigError if one batch of ``size`` bytes is larger than all that may be in flight."""
     if max_bytes is not None and size > max_bytes:
         raise ConfigError(
-            f"One batch of recorded values takes {size / 1e6:,.1f} MB, and max_buffer_mb allows {max_bytes / 1e6:,.1f} MB "
-            "in flight. Lower the batch size or tokens_per_sample, or allow more."
+            f"One batch of recorded values takes {size / 1e6:,.1f} MB, and max_buffer_mb allows {max_bytes / 1e6:,.1f} "
+            "MB in flight. Lower the batch size or tokens_per_sample, or allow more."
         )
 
 
@@ -123,7 +123,7 @@ class WriteQueue(Generic[T]):
                 item, size = self._waiting.popleft()
             try:
                 self._consume(item)
-            except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+            except BaseException as error:  # it is raised again in the caller's thread
                 with self._changed:
                     self._error = error
                     self._waiting.clear()

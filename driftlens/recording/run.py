@@ -23,7 +23,7 @@ from driftlens.recording.checkpoints import (
 )
 from driftlens.recording.probe_files import load_probes
 from driftlens.recording.probes import ProbeSet
-from driftlens.recording.recorder import Progress, RecordingSummary, inference, record, recording_settings
+from driftlens.recording.recorder import Progress, RecordingSummary, inference, record_probes, recording_settings
 from driftlens.recording.reference import load_reference
 from driftlens.recording.sites import base_module, find_sites
 from driftlens.store import RunLock, open_recording, verify_recording
@@ -44,6 +44,7 @@ def record_checkpoint(
     probes: Path | str | ProbeSet | None = None,
     out: Path | str | None = None,
     *,
+    semantics: str | None = None,
     reference: Path | str | None = None,
     batch_size: int = 16,
     tokens_per_sample: int | None = None,
@@ -52,32 +53,33 @@ def record_checkpoint(
     overhead_batches: int = 0,
     progress: Report | None = None,
 ) -> RecordingSummary:
-    """Record one checkpoint: a PEFT adapter folder.
+    """Record one checkpoint: an adapter folder of PEFT, CoIN, MCITlib or Prism.
 
     Args:
         ckpt_folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         base: base model; None takes the one that the adapter names.
         probes: probe set or its folder; None takes the probes of the built-in stream.
         out: the file to write; None for ``NAME.h5`` in the current folder.
+        semantics: how the experts of a CoIN, MCITlib or Prism folder combine, see `load_checkpoint`.
         reference: folder of an anchor checkpoint whose parameters are applied to the inputs of this pass too.
         batch_size: samples per forward.
         tokens_per_sample: stored rows per sample (None: what the probe set says).
         device: where to run; None takes a GPU if there is one.
         overwrite: replace an existing file at the end.
-        overhead_batches: see ``record``.
+        overhead_batches: see ``record_probes``.
         progress: called after every batch.
 
     Raises:
         NotFoundError: no such checkpoint, base model or probe set.
         FormatError: the checkpoint is damaged or does not fit the base model.
-        ProbeError, SiteError, StorageError: see ``record``.
+        ProbeError, SiteError, StorageError: see ``record_probes``.
     """
     folder = Path(ckpt_folder)
     chosen = probes if isinstance(probes, ProbeSet) else None
     if chosen is None:
         chosen = ProbeSet.from_stream(load_stream("builtin")) if probes is None else load_probes(Path(str(probes)))
-    loaded = load_checkpoint(folder, base, device=_device(device))
-    return record(
+    loaded = load_checkpoint(folder, base, device=_device(device), semantics=semantics)
+    return record_probes(
         loaded.model,
         chosen,
         Path(f"{folder.name}.h5") if out is None else Path(out),
@@ -131,7 +133,7 @@ def record_run(
         FormatError: a checkpoint's files differ from what the manifest lists.
         ConfigError: a finished recording was made in another way (other batch size, rows, ...).
         ProbeError: the run's stream has changed, the probes do not fit the model, or recordings were made on others.
-        SiteError, StorageError, LockedError: see ``record``.
+        SiteError, StorageError, LockedError: see ``record_probes``.
     """
     run = Path(run_folder)
     Manifest.load(run)  # before the lock, which would create the folder of a run that does not exist
@@ -245,7 +247,7 @@ class _RunRecorder:
         loaded = load_checkpoint(folder, backbone=self._backbone, device=self.device)
         self._backbone = loaded.backbone
         try:
-            return record(
+            return record_probes(
                 loaded.model,
                 self.probes,
                 target.path,
@@ -308,7 +310,7 @@ def _checkpoints(manifest: Manifest) -> list[str]:
 
 def _frozen_depth(loaded: LoadedCheckpoint) -> int | None:
     """Return the lowest decoder layer with a site, or None if something else differs between checkpoints."""
-    if any(getattr(config, "modules_to_save", None) for config in loaded.model.peft_config.values()):
+    if any(getattr(config, "modules_to_save", None) for config in loaded.peft.peft_config.values()):
         return None
     owner = {id(m): i for i, layer in enumerate(decoder_layers(loaded.model)) for m in layer.modules()}
     layers = [owner.get(id(site.module)) for site in find_sites(loaded.model)]

@@ -29,10 +29,14 @@ class HostCopy:
             return
         self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         self._host.copy_(source, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._event.record(torch.cuda.current_stream(source.device))
         # The device memory must not be given to anyone else before the copy has read it.
         self._source: Tensor | None = source
+
+    def __reduce__(self) -> tuple[type[HostCopy], tuple[Tensor]]:
+        # what another process is sent are the values
+        return HostCopy, (torch.from_numpy(self.wait()),)
 
     def wait(self) -> NDArray[np.float32]:
         """Return the values on the host, after the copy has ended; may be called from another thread."""
