@@ -45,12 +45,13 @@ def analyze(
     if out is not None:
         import pandas as pd
 
+        from driftlens.figures import csv_text
         from driftlens.store import atomic_file
 
         frame = pd.DataFrame(rows)
         with atomic_file(out) as partial:
             if out.suffix == ".csv":
-                frame.to_csv(partial, index=False)
+                partial.write_text(csv_text(frame), encoding="utf-8")
             elif out.suffix == ".parquet":
                 frame.to_parquet(partial, index=False)
             else:

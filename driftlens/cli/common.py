@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["JsonOption", "QuietOption", "console", "emit", "note", "plain", "progress_bar"]
+__all__ = ["JsonOption", "QuietOption", "console", "emit", "note", "plain", "printable", "progress_bar"]
 
 
 class Step(Protocol):
@@ -46,7 +47,12 @@ def console(*, stderr: bool = False) -> Console:
 def note(message: str, quiet: bool = False) -> None:
     """Print a remark on stderr unless ``quiet``."""
     if not quiet:
-        console(stderr=True).print(escape(message))
+        console(stderr=True).print(escape(printable(message)))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control and direction characters spelled out: names from files must not steer a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def plain(value: Any) -> Any:
@@ -83,7 +89,7 @@ def emit(rows: Sequence[Mapping[Any, Any]], *, as_json: bool, columns: Sequence[
         numeric = all(isinstance(plain(row.get(column)), (int, float, type(None))) for row in rows)
         table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_cell(plain(row.get(column)))) for column in shown))
+        table.add_row(*(escape(printable(_cell(plain(row.get(column))))) for column in shown))
     # A table that is piped into a file must not be folded to the width of a terminal that is not there.
     out = console()
     if not out.is_terminal:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from driftlens import __version__
-from driftlens.cli.common import console
+from driftlens.cli.common import console, printable
 from driftlens.errors import DriftLensError
 
 __all__ = ["app", "main"]
@@ -103,5 +103,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    console(stderr=True).print(f"Error: {message}", style="red", markup=False)
+    console(stderr=True).print(f"Error: {printable(message)}", style="red", markup=False)
     sys.exit(code)

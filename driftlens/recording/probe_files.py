@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,15 @@ def write_probes(probes: ProbeSet, folder: Path | str) -> Path:
     """Write ``probes`` as a new folder and return its path; ``load_probes`` gives back the same SHA-256.
 
     The folder appears complete or not at all.
+
+    Raises:
+        ProbeError: a task's name cannot be a file name.
+        StorageError: the folder exists, or the disk refuses.
     """
     target = Path(folder)
+    problems = _impossible_names(probes.tasks)
+    if problems:
+        raise ProbeError(f"The probe set cannot be written to {target}: " + "; ".join(problems) + ". Rename the task.")
     with atomic_folder(target) as partial:
         for task, rows in probes.samples.items():
             lines = []
@@ -106,7 +113,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     elif len(set(tasks)) != len(tasks):
         problems.append("`tasks` names a task twice")
     else:
-        problems += [f"task name {t!r} cannot be a file name" for t in tasks if Path(t).name != t or t.startswith(".")]
+        problems += _impossible_names(tasks)
     if index.get("schema", 1) != 1:
         problems.append(f"schema {index['schema']!r} is not known; this version reads schema 1")
     roles = index.get("roles") or list(ROLES)
@@ -118,6 +125,14 @@ def _read_index(path: Path) -> dict[str, Any]:
     if problems:
         raise ProbeError(f"{path}: " + "; ".join(problems) + ".")
     return index
+
+
+def _impossible_names(tasks: Iterable[str]) -> list[str]:
+    return [
+        f"task name {task!r} cannot be a file name"
+        for task in tasks
+        if Path(task).name != task or task.startswith(".") or "\0" in task
+    ]
 
 
 def _read_task(root: Path, task: str, problems: list[str]) -> tuple[ProbeSample, ...]:

@@ -248,6 +248,7 @@ def check_text(what: str, text: str) -> bytes:
         raise FormatError(f"The {what} is not valid Unicode: {text!r}. Use another name.") from None
     if not raw or len(raw) > MAX_NAME_BYTES or b"\0" in raw:
         shown = text if len(text) <= 80 else text[:77] + "..."
+        what = what if len(what) <= 120 else what[:117] + "..."  # it may name the same text
         raise FormatError(
             f"The {what} cannot be stored: {shown!r} ({len(raw)} bytes). "
             f"Allowed are 1 to {MAX_NAME_BYTES} bytes of UTF-8 without NUL."
