@@ -68,7 +68,8 @@ def xlora_truth(model: nn.Module, input_ids: Tensor) -> dict[str, dict[str, Tens
 
 def poly(splits: int = 1, task: int = 1) -> nn.Module:
     """Four skills, three tasks; bound to one task, so that it can be called without ``task_ids``."""
-    config = PolyConfig(r=3, n_tasks=3, n_skills=4, n_splits=splits, target_modules=TARGETS, init_weights=False)
+    sizes = {"r": 3, "n_tasks": 3, "n_skills": 4, "n_splits": splits}
+    config = PolyConfig(**sizes, target_modules=TARGETS, init_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_llama(), config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
