@@ -109,8 +109,10 @@ def reference_sums(
     own = batch_sums(gate, pathway, gate.new_zeros(gate.shape[:-1]), output_root, middle)
     del own["base_sq"]
     entering = pathway if middle is None else middle
-    if entering is not None and current_middle is not None and change_root is not None:
-        # Summed from the tokens' own differences: from second moments, small drifts would drown in rounding.
+    if entering is not None and output_root is not None and current_middle is not None and change_root is not None:
+        # Summed token by token: from second moments, small drifts would drown in rounding, and so would the anchor's
+        # outputs where A and B are ill-conditioned.
+        own["expert_sq"] = torch.einsum("seij,snej->snei", output_root, entering).square().sum((1, 3))
         both = torch.cat([current_middle - entering, entering], dim=-1)
         drift = torch.einsum("seij,snej->snei", change_root, both)
         own["drift_sq"] = drift.square().sum((1, 3))
