@@ -47,7 +47,8 @@ class RouterKind:
         args: what the block hands to the router beside the hidden states.
         batched: the router wants [B, T, d_in], not flat tokens.
         follows_input: whether the gate is a function of the router's input alone, token by token.
-        output: the module whose output is the block's: ``block``, its ``experts``, or its ``parent`` module.
+        output: whose output counts as the block's: ``block``, or ``experts`` where router and experts have no module
+            of their own around them.
         within: the router is hidden in the block (no module call of its own), so that the block's output is read.
         beside: attribute of the block that holds a dense MLP (or its parts) which always runs, beside the usual names.
     """
@@ -229,11 +230,6 @@ _deepseek_v2 = RouterKind(
 )
 _sigmoid_bias = RouterKind(_BIAS)
 _sigmoid_scaled = replace(_sigmoid_bias, outer=_of_block("routed_scaling_factor"))
-_hunyuan_v3 = RouterKind(
-    _BIAS,
-    inner=_attribute("router_scaling_factor"),
-    args=lambda block: (block.e_score_correction_bias,),
-)
 _deepseek_v4 = RouterKind(
     lambda router, _block: f"{_activation(router)}, top-k by score + bias", inner=_attribute("routed_scaling_factor")
 )
@@ -311,7 +307,6 @@ ROUTERS: dict[str, RouterKind] = {
     ),
     **dict.fromkeys(("DeepseekOcr2TextTopkRouter", "DeepseekV2TopkRouter", "UnlimitedOcrTextTopkRouter"), _deepseek_v2),
     **dict.fromkeys(("LagunaTopKRouter", "MiniMaxM3VLTopKRouter", "Step3p7TopKRouter"), _sigmoid_scaled),
-    **dict.fromkeys(("Dots3NoteVisionTopKRouter", "HYV3TopKRouter"), _hunyuan_v3),
     **dict.fromkeys(("DeepseekV4TopKRouter", "Inkling2TopKRouter"), _deepseek_v4),
     **dict.fromkeys(("DiffusionGemmaTextRouter", "Gemma4TextRouter"), _gemma),
     "AfmoeTokenChoiceRouter": replace(
@@ -355,6 +350,11 @@ ROUTERS: dict[str, RouterKind] = {
         within=True,
     ),
     "FlintTopKRouter": RouterKind("sigmoid, top-k", "norm_topk_prob"),
+    "HYV3TopKRouter": RouterKind(
+        _BIAS,
+        inner=_attribute("router_scaling_factor"),
+        args=lambda block: (block.e_score_correction_bias,),
+    ),
     "HunYuanMoEV1Gate": replace(_softmax, weight="wg.weight"),
     "InklingTopkRouter": RouterKind(
         _BIAS,
@@ -392,7 +392,9 @@ ROUTERS: dict[str, RouterKind] = {
     "OpenAIPrivacyFilterTopKRouter": replace(
         _after, inner=lambda router, _block: 1.0 / router.top_k, outer=_of_block("num_experts")
     ),
-    "PhimoeTopKRouter": RouterKind("sparse mixer", renormalised=False),
+    "PhimoeTopKRouter": RouterKind(
+        "softmax over the logits near the chosen one (sparse mixer), top-k", renormalised=False
+    ),
     "SwitchTransformersTop1Router": RouterKind(
         "softmax, top-k",
         renormalised=False,
@@ -416,6 +418,7 @@ ROUTERS: dict[str, RouterKind] = {
 """Router classes by name. Names are looked up for classes of transformers only, and only with the forward they had."""
 
 UNREADABLE: dict[str, str] = {
+    "Dots3NoteVisionTopKRouter": "it routes image patches, which are not the tokens of the sequence",
     "NllbMoeTop2Router": (
         "the block hands the router's one-hot mask to its experts as indices, so that experts 0 and 1 run for every "
         "token and the router's choice is not what runs"

@@ -42,10 +42,14 @@ class NativeMoEFamily:
         modules = dict(root.named_modules())
         declared = declared_routers(root)
         for name, module in modules.items():
-            kind = router_kind(module)
+            kind, wrapped = router_kind(module), _in_use(name, modules)
+            if wrapped is None:
+                continue
             if kind is not None:
-                yield _site(name, module, kind, modules)
-            elif isinstance(module, declared) and type(module).__name__ not in _COVERED:
+                yield _site(wrapped, module, kind, modules)
+            elif type(module).__name__ in UNREADABLE or (
+                isinstance(module, declared) and type(module).__name__ not in _COVERED
+            ):
                 reason = UNREADABLE.get(type(module).__name__, "it is not in the table of known router classes")
                 warnings.warn(f"Router {name} ({type(module).__name__}) is not recorded: {reason}.", stacklevel=2)
 
@@ -77,16 +81,47 @@ def declared_routers(root: nn.Module) -> tuple[type[nn.Module], ...]:
     return tuple(found)
 
 
+def _in_use(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the path that a module has without PEFT's wrappers, None for the copy of a wrapper that does not run."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    if path.endswith(".original_module"):
+        outer = path.removesuffix(".original_module")
+        wrapper: Any = modules[outer]
+        return outer if wrapper.disable_adapters or not wrapper.active_adapters else None
+    outer, _, adapter = path.rpartition(".")
+    if outer.endswith(".modules_to_save"):
+        outer = outer.removesuffix(".modules_to_save")
+        wrapper = modules[outer]
+        return outer if not wrapper.disable_adapters and adapter in wrapper.active_adapters else None
+    return path
+
+
+def _adapted(weight: Tensor, router: nn.Module, wrapper: nn.Module) -> Tensor:
+    """Return the router's weight with what adapters on that parameter add to it in a forward."""
+    layer: Any = wrapper
+    while layer is not router and hasattr(layer, "base_layer"):
+        if not (layer.disable_adapters or layer.merged):
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+        layer = layer.base_layer
+    return weight
+
+
 def _site(path: str, router: nn.Module, kind: RouterKind, modules: Mapping[str, nn.Module]) -> Site:
     host = path if kind.within else path.rpartition(".")[0]
     block = modules[host]
     if kind.output == "experts":
         # router and experts sit in the decoder layer itself, whose output is more than theirs
         name, output = path, modules[f"{host}.experts"]
-    elif type(block).forward is nn.Module.forward or type(block).__name__ == "JetMoeMoA":
+    elif type(block).__name__ == "JetMoeMoA":
+        # never called as a module: the attention around it returns its output
         name, output = host, modules[host.rpartition(".")[0]]
     else:
         name, output = host, block
+    # PEFT's wrapper of the router, or the router itself
+    outermost = modules[path]
     weight = kind.router_weight(router)
     num_experts = kind.experts(router, block)
     config = _config(path, modules)
@@ -110,6 +145,8 @@ def _site(path: str, router: nn.Module, kind: RouterKind, modules: Mapping[str, 
 
     def weights() -> SiteWeights:
         now = kind.router_weight(router)
+        if now is not None and outermost is not router:
+            now = _adapted(now, router, outermost)
         return SiteWeights(a=None, b=None, router=None if now is None else now[:num_experts])
 
     info = SiteInfo(
@@ -132,7 +169,9 @@ def _site(path: str, router: nn.Module, kind: RouterKind, modules: Mapping[str, 
         if kind.within
         else (HookPoint(name, "router", router), HookPoint(name, "block", output))
     )
-    return Site(info, block, points, read, weights, _responder(router, block, kind, weight))
+    # an adapter on the router's parameter is there only while its wrapper runs: no answer beside a forward
+    respond = None if hasattr(outermost, "base_layer") else _responder(router, block, kind, weight)
+    return Site(info, block, points, read, weights, respond)
 
 
 def _responder(
