@@ -15,12 +15,15 @@ __all__ = ["record"]
 
 def record(
     run: Annotated[Path | None, typer.Option("--run", help="Record every checkpoint of this run; resumable.")] = None,
-    ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Record one checkpoint (a PEFT adapter folder).")] = None,
+    ckpt: Annotated[Path | None, typer.Option("--ckpt", help="Record one checkpoint (an adapter folder).")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model: builtin, a hub id or a folder.")] = None,
     probes: Annotated[
         Path | None, typer.Option("--probes", help="Probe set folder (default: the run's, or the built-in stream's).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="With --ckpt: the file to write.")] = None,
+    semantics: Annotated[
+        str | None, typer.Option("--semantics", help="With --ckpt: forward of a CoIN, MCITlib or Prism folder.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option("--reference", help="With --ckpt: an anchor to apply to the same inputs.")
     ] = None,
@@ -43,6 +46,8 @@ def record(
     if run is not None:
         if out is not None:
             raise ConfigError("--out belongs to --ckpt; recordings of a run go into the run folder.")
+        if semantics is not None:
+            raise ConfigError("--semantics belongs to --ckpt; a run holds checkpoints of our own.")
         if reference is not None:
             raise ConfigError(
                 "--reference belongs to --ckpt: in a run every probe has an anchor of its own. Record one "
@@ -68,6 +73,7 @@ def record(
             base=base,
             probes=probes,
             out=out,
+            semantics=semantics,
             reference=reference,
             batch_size=batch_size or 16,
             tokens_per_sample=tokens_per_sample,

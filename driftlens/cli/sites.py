@@ -15,8 +15,11 @@ _SHOWN = ["name", "layer", "kind", "gate", "num_experts", "rank", "d_in", "d_out
 
 
 def sites(
-    target: Annotated[str, typer.Argument(help="A checkpoint folder (PEFT adapter), or a base model.")],
+    target: Annotated[str, typer.Argument(help="A checkpoint folder (adapter), or a base model.")],
     base: Annotated[str | None, typer.Option("--base", help="Base model of the checkpoint.")] = None,
+    semantics: Annotated[
+        str | None, typer.Option("--semantics", help="Forward of a CoIN, MCITlib or Prism folder.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the sites of a model or checkpoint: the modules where routing or pathways can be observed."""
@@ -26,5 +29,5 @@ def sites(
     from driftlens.recording import find_sites, load_checkpoint
 
     is_adapter = (Path(target) / "adapter_config.json").is_file()
-    model = load_checkpoint(target, base).model if is_adapter else load_backbone(target).model
+    model = load_checkpoint(target, base, semantics=semantics).model if is_adapter else load_backbone(target).model
     emit([asdict(site.info) for site in find_sites(model)], as_json=as_json, columns=_SHOWN)

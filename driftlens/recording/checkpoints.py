@@ -1,9 +1,10 @@
-"""Loading a checkpoint: a PEFT adapter folder on the base model that it belongs to."""
+"""Loading a checkpoint: an adapter folder of PEFT, CoIN, MCITlib or Prism on the base model that it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import nn
 
 import driftlens.adapters  # noqa: F401  # makes the type MOE_LORA known to PEFT
 from driftlens.backbones import Backbone, load_backbone
-from driftlens.errors import FormatError, NotFoundError, nearest_name
+from driftlens.errors import ConfigError, FormatError, NotFoundError, SiteError, nearest_name
+from driftlens.recording.foreign import STATE_FILES, ForeignAdapter, apply_foreign, looks_foreign
 from driftlens.store.manifest import sha256_file
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLED_WEIGHTS = "adapter_model.bin"
 
 
 @dataclass
@@ -41,13 +44,15 @@ class LoadedCheckpoint:
         folder: the adapter folder.
         sha256: hash of its configuration and weights.
         backbone: the base model and its encoder.
-        model: the base model with the adapter.
+        model: the base model with the adapter: PEFT's wrapper, or for a foreign folder the base model itself.
+        foreign: the adapter of a CoIN, MCITlib or Prism folder; None for PEFT's.
     """
 
     folder: Path
     sha256: str
     backbone: Backbone
-    model: PeftModel
+    model: nn.Module
+    foreign: ForeignAdapter | None = None
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -57,22 +62,41 @@ class LoadedCheckpoint:
             "checkpoint_sha256": self.sha256,
             "base": self.backbone.name,
             "base_sha256": self.backbone.sha256,
+            **({} if self.foreign is None else self.foreign.meta),
         }
+
+    @property
+    def peft(self) -> PeftModel:
+        """PEFT's wrapper.
+
+        Raises:
+            SiteError: the adapter is not one of PEFT's.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise SiteError(
+                f"{self.folder} is a checkpoint of CoIN, MCITlib or Prism; what was asked for works with PEFT adapters "
+                "alone. Record it by itself: driftlens record --ckpt FOLDER."
+            )
+        return self.model
 
     def unload(self) -> None:
         """Take the adapter off the base model, so that another checkpoint can be loaded on it."""
-        base: nn.Module = self.model.unload()
+        if self.foreign is not None:
+            self.foreign.remove()
+            return
+        base: nn.Module = self.peft.unload()
         self.backbone.model = base  # type: ignore[assignment]  # the same PreTrainedModel that was wrapped
 
 
 def checkpoint_sha256(folder: Path) -> str:
-    """Return the hash of an adapter folder's configuration and weights.
+    """Return the hash of an adapter folder's configuration, weights, and what else changes a foreign model.
 
     Raises:
         NotFoundError: no such folder, or no adapter in it.
     """
-    _check_folder(folder)
-    parts = [sha256_file(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    weights = _check_folder(folder)
+    parts = [sha256_file(folder / name) for name in (ADAPTER_CONFIG, weights)]
+    parts += [f"{name} {sha256_file(folder / name)}" for name in STATE_FILES if (folder / name).is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -82,22 +106,31 @@ def load_checkpoint(
     *,
     backbone: Backbone | None = None,
     device: torch.device | str = "cpu",
+    semantics: str | None = None,
+    expert_weights: Sequence[float] | None = None,
 ) -> LoadedCheckpoint:
     """Load an adapter folder on its base model, in evaluation mode.
 
     Args:
-        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or of CoIN, MCITlib or Prism.
         base: base model; None takes the one that the adapter names.
         backbone: an already loaded base model to use instead; the adapter is put on it.
         device: where the model goes.
+        semantics: which forward a foreign folder is for, a key of ``FOREIGN_SEMANTICS``; None infers it, with a
+            warning where that is a guess.
+        expert_weights: see `apply_foreign`.
 
     Raises:
         NotFoundError: no such folder, no adapter in it, or no such base model.
         FormatError: the adapter's files cannot be read, or do not fit the base model.
+        ConfigError: semantics for a folder of PEFT's, or that are unknown or not to be inferred.
     """
     folder = Path(folder)
     digest = checkpoint_sha256(folder)
-    config = read_config(folder)
+    foreign = looks_foreign(folder)
+    config = read_config(folder, any_type=foreign)
+    if not foreign:
+        _check_peft(folder, semantics is not None or expert_weights is not None)
     if backbone is None:
         name = base if base is not None else config.get("base_model_name_or_path")
         if not name:
@@ -105,6 +138,10 @@ def load_checkpoint(
                 f"{folder / ADAPTER_CONFIG} names no base model. Give it with --base: builtin, a hub id or a folder."
             )
         backbone = load_backbone(str(name), device=device)
+    if foreign:
+        adapter = apply_foreign(backbone.model, folder, semantics, expert_weights)
+        moved: nn.Module = backbone.model
+        return LoadedCheckpoint(folder, digest, backbone, moved.to(device).eval(), adapter)
     try:
         model = PeftModel.from_pretrained(backbone.model, str(folder))
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -117,18 +154,32 @@ def load_checkpoint(
     return LoadedCheckpoint(folder, digest, backbone, model.to(device).eval())
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> str:
     if not folder.is_dir():
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         listing = f" {folder.parent} has: {', '.join(near[:12])}." if near else ""
         raise NotFoundError(f"No checkpoint at {folder}.{listing} Give the folder that holds {ADAPTER_CONFIG}.")
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-            raise NotFoundError(
-                f"{folder} is not a checkpoint: it has no {name} (found: {found}). Give a folder that PEFT's "
-                "save_pretrained wrote, with safetensors weights."
-            )
+    weights = next((name for name in (ADAPTER_WEIGHTS, _PICKLED_WEIGHTS) if (folder / name).is_file()), None)
+    if weights is None or not (folder / ADAPTER_CONFIG).is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise NotFoundError(
+            f"{folder} is not a checkpoint: it has no {ADAPTER_CONFIG if weights else ADAPTER_WEIGHTS} (found: "
+            f"{found}). Give a folder that PEFT's save_pretrained wrote, or one of CoIN, MCITlib or Prism."
+        )
+    return weights
+
+
+def _check_peft(folder: Path, has_options: bool) -> None:
+    if has_options:
+        raise ConfigError(
+            f"Semantics and expert weights say how CoIN, MCITlib and Prism combine their experts, but {folder} is an "
+            "adapter of PEFT, which says it itself. Leave them out."
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise NotFoundError(
+            f"{folder} has no {ADAPTER_WEIGHTS}; {_PICKLED_WEIGHTS} is read for CoIN, MCITlib and Prism alone. Save "
+            "the adapter with PEFT's save_pretrained(safe_serialization=True)."
+        )
 
 
 def check_keys(folder: Path, model: PeftModel, adapter: str = "default") -> None:
@@ -149,8 +200,12 @@ def check_keys(folder: Path, model: PeftModel, adapter: str = "default") -> None
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return an adapter folder's configuration; FormatError if it is damaged or of a type that PEFT does not know."""
+def read_config(folder: Path, *, any_type: bool = False) -> dict[str, Any]:
+    """Return an adapter folder's configuration.
+
+    Raises:
+        FormatError: it is damaged, or (unless ``any_type``) of a type that PEFT does not know.
+    """
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +215,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{path} must hold an object; found {type(config).__name__}. Save the checkpoint again.")
     kind = config.get("peft_type")
     known = sorted(getattr(name, "value", str(name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
-    if kind not in known:
+    if kind not in known and not any_type:
         guess = nearest_name(str(kind), known)
         hint = f" Did you mean {guess!r}?" if guess else ""
         raise FormatError(f"{path} has peft_type {kind!r}, which PEFT does not know.{hint} Our own is 'MOE_LORA'.")

@@ -1,5 +1,6 @@
 """The site families that DriftLens ships; importing this package registers them."""
 
+from driftlens.recording.families.foreign import ForeignFamily
 from driftlens.recording.families.moe_lora import MoELoraFamily
 from driftlens.recording.families.native_moe import NativeMoEFamily
 from driftlens.recording.families.peft_fused import PeftFusedFamily
@@ -8,6 +9,7 @@ from driftlens.recording.families.peft_mixtures import LilyFamily, PolyFamily, X
 from driftlens.recording.sites import SITE_FAMILIES
 
 __all__ = [
+    "ForeignFamily",
     "LilyFamily",
     "MoELoraFamily",
     "NativeMoEFamily",
@@ -17,6 +19,7 @@ __all__ = [
     "XLoraFamily",
 ]
 
+SITE_FAMILIES.register("foreign", ForeignFamily())
 SITE_FAMILIES.register("moe-lora", MoELoraFamily())
 SITE_FAMILIES.register("native-moe", NativeMoEFamily())
 SITE_FAMILIES.register("peft-fused", PeftFusedFamily())
