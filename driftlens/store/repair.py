@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from driftlens.errors import FormatError, LockedError, NotFoundError
+from driftlens.errors import DriftLensError, FormatError, LockedError, NotFoundError
 from driftlens.store.atomic import PARTIAL_SUFFIX, storage_errors
 from driftlens.store.lock import RunLock
 from driftlens.store.manifest import MANIFEST_NAME, REPAIR_PREFIX, FileEntry, Manifest, leftovers, sha256_file
@@ -124,9 +124,12 @@ class _Repair:
         self._stale_locks()
         self._leftovers()
         if self.rebuilding:
-            self._list_checkpoints()
+            for name in ("config.yaml", *_TABLES):
+                if self._own(self.run / name):
+                    self._list(self.run / name, "is there.")
         else:
             self._check_listed()
+        self._list_checkpoints()
         self._list_recordings()
         if self.rebuilding:
             self._identify()
@@ -221,7 +224,7 @@ class _Repair:
             parts = PurePosixPath(name).parts
             if parts[0] == "checkpoints" and len(parts) > 2:
                 damaged.setdefault(parts[1], []).append(name)
-            elif parts[0] == "recordings" or name in _TABLES:
+            elif name in _TABLES or (parts[0] == "recordings" and self._can_record(name)):
                 self._drop(name)
             else:
                 self._say(self.run / name, "restore", f"{self._state(name)}. Restore it from a copy of the run.")
@@ -245,6 +248,12 @@ class _Repair:
     def _checkpoints(self) -> list[str]:
         found = {PurePosixPath(name).parts[1] for name in self.manifest.files if name.startswith("checkpoints/")}
         return sorted(found)
+
+    def _can_record(self, name: str) -> bool:
+        """Whether a recording can be made again from a checkpoint of the run, or is sound as it is."""
+        checkpoint = PurePosixPath(name).name.removesuffix(".h5").removesuffix(".noise")
+        path = self.run / name
+        return self.manifest.lists(f"checkpoints/{checkpoint}") or (self._own(path) and not verify_recording(path))
 
     def _drop(self, name: str) -> None:
         """Take a file that can be made again out of the manifest; a recording that proves itself is listed as it is."""
@@ -292,29 +301,34 @@ class _Repair:
                 self._list(path, "is a sound recording that the manifest does not list.")
 
     def _list_checkpoints(self) -> None:
-        """List the files of a run without manifest; say which of them nothing proves."""
+        """List checkpoints that their recordings prove; without a manifest also those that nothing contradicts."""
+        seen = {step.path for step in self.done}
+        folders = [
+            folder
+            for folder in sorted((self.run / "checkpoints").glob("*"))
+            if folder.is_dir() and self._inside(folder / "x") and not folder.name.endswith(PARTIAL_SUFFIX)
+            if not self.manifest.lists(folder.relative_to(self.run)) and self._key(folder) not in seen
+        ]
+        if not folders and not self.rebuilding:
+            return
         proofs = self._recorded_hashes()
-        for name in ("config.yaml", *_TABLES):
-            if self._own(self.run / name):
-                self._list(self.run / name, "is there.")
-        for folder in sorted((self.run / "checkpoints").glob("*")):
-            if not folder.is_dir() or not self._inside(folder / "x") or folder.name.endswith(PARTIAL_SUFFIX):
-                continue
+        for folder in folders:
             problem = _checkpoint_problem(folder)
-            if problem:
-                self._say(folder, "restore", f"{problem}. It is not listed; restore it from a copy of the run.")
-                continue
-            proven = proofs.get(folder.name)
-            if proven is not None and proven != _adapter_sha256(folder):
-                why = "its recording was made from other weights or another configuration. Restore it from a copy."
-                self._say(folder, "restore", f"It is not listed: {why}")
-                continue
-            for path in sorted(p for p in folder.rglob("*") if self._own(p)):
-                self._list(path, "is there.", quiet=True)
-            if proven is None:
-                self._say(folder, "doubt", "is whole and listed, but no recording of it proves that it is as written.")
-            else:
+            if not problem and proofs.get(folder.name, "") not in ("", _adapter_sha256(folder)):
+                problem = "is not what its recording was made from"
+            if problem and self.rebuilding:
+                why = f"{problem}. It is not listed: restore it from a copy and repair again before training goes on."
+                self._say(folder, "restore", why)
+            elif not problem and folder.name in proofs:
                 self._say(folder, "list", "has the configuration and weights that its recording was made from.")
+                self._add_all(folder)
+            elif not problem and self.rebuilding:
+                self._say(folder, "doubt", "is whole and listed, but no recording of it proves that it is as written.")
+                self._add_all(folder)
+
+    def _add_all(self, folder: Path) -> None:
+        for path in sorted(p for p in folder.rglob("*") if self._own(p)):
+            self.manifest.add(path.relative_to(self.run))
 
     def _recorded_hashes(self) -> dict[str, str]:
         """Return the hash of every checkpoint that a sound recording names, and remember what recordings say."""
@@ -342,11 +356,18 @@ class _Repair:
             return
         begun = datetime.fromtimestamp(config.stat().st_mtime, UTC)
         self.manifest.created = begun.isoformat(timespec="seconds")
-        if self.describe is None:
-            why = "does not tell here which configuration and stream the run is of: training cannot resume."
-            self._say(config, "doubt", why)
+        if not self._checkpoints():
+            self.manifest.complete = bool(self.manifest.files)  # recordings that were collected: nothing is to come
             return
-        identity = self.describe(self.run)
+        try:
+            identity = None if self.describe is None else self.describe(self.run)
+            why = ""
+        except DriftLensError as error:
+            identity, why = None, f" ({error})"
+        if identity is None:
+            text = "does not tell which configuration and stream the run is of: training cannot resume."
+            self._say(config, "doubt", text + why)
+            return
         self.manifest.config_hash, self.manifest.stream_sha256 = identity.config_hash, identity.stream_sha256
         self.manifest.seed, self.manifest.threads = identity.seed, identity.threads
         self.manifest.base["name"] = identity.base
@@ -366,9 +387,8 @@ class _Repair:
     def _say(self, path: Path, action: str, why: str) -> None:
         self.done.append(RepairStep(self._key(path), action, why))
 
-    def _list(self, path: Path, why: str, *, quiet: bool = False) -> None:
-        if not quiet:
-            self._say(path, "list", why)
+    def _list(self, path: Path, why: str) -> None:
+        self._say(path, "list", why)
         self.manifest.add(path.relative_to(self.run))
 
     def _move_aside(self, path: Path, why: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from driftlens.errors import FormatError, LockedError, NotFoundError
+from driftlens.errors import ConfigError, FormatError, LockedError, NotFoundError
 from driftlens.store import Manifest, RunLock, verify_recording
 from driftlens.store.repair import RepairStep, RunIdentity, repair_run
 from tests.store import _make as make
@@ -237,13 +238,48 @@ def test_a_rebuilt_manifest_says_what_nothing_proves(run: Path) -> None:
     assert steps["checkpoints/01-colour"].action == "doubt"
     assert "no recording of it proves" in steps["checkpoints/01-colour"].why
     assert steps["checkpoints/02-parity"].unsolved
-    assert "other weights" in steps["checkpoints/02-parity"].why
+    assert "is not what its recording was made from" in steps["checkpoints/02-parity"].why
     assert steps["checkpoints/00-start"].unsolved
     assert "adapter_model.safetensors is torn" in steps["checkpoints/00-start"].why
     assert steps["config.yaml"].action == "doubt"
     manifest = Manifest.load(run)
     assert [n for n in NAMES if manifest.lists(f"checkpoints/{n}")] == ["01-colour"]
     assert not manifest.complete
+    save_file({"w": np.full(50, 0, np.float32)}, weights)  # restored from a copy
+    assert actions(repair_run(run)) == [("list", "checkpoints/00-start")]
+    assert Manifest.load(run).lists("checkpoints/00-start/adapter_model.safetensors")
+
+
+def test_a_run_of_collected_recordings(run: Path) -> None:
+    """Without checkpoints a damaged recording can be made again by nobody here: it stays listed, and is reported."""
+    shutil.rmtree(run / "checkpoints")
+    (run / "scores.parquet").unlink()
+    (run / "manifest.json").unlink()
+
+    def refuse(_run: Path) -> RunIdentity:
+        raise ConfigError("no configuration of a training")
+
+    assert not any(step.unsolved for step in repair_run(run, describe=refuse))
+    manifest = Manifest.load(run)
+    assert sorted(manifest.files) == ["config.yaml", *(f"recordings/{name}.h5" for name in NAMES)]
+    assert manifest.complete
+    raw = flip(run / "recordings" / "01-colour.h5")
+    (step,) = repair_run(run)
+    assert (step.action, step.path, step.unsolved) == ("restore", "recordings/01-colour.h5", True)
+    assert (run / "recordings" / "01-colour.h5").read_bytes() == raw
+    assert Manifest.load(run).lists("recordings/01-colour.h5")
+
+
+def test_a_configuration_that_cannot_be_read_is_said_and_stops_nothing(run: Path) -> None:
+    (run / "manifest.json").unlink()
+
+    def refuse(_run: Path) -> RunIdentity:
+        raise ConfigError("base: unknown key")
+
+    (doubt,) = [step for step in repair_run(run, describe=refuse) if step.action == "doubt"]
+    assert doubt.path == "config.yaml"
+    assert "base: unknown key" in doubt.why
+    assert len(Manifest.load(run).files) == 14
 
 
 def test_a_run_that_is_written_to_is_refused_and_a_file_that_is_written_to_is_left(run: Path) -> None:
