@@ -25,6 +25,7 @@ from driftlens.recording import Hooks, find_sites
 from driftlens.recording.families.native_gates import ROUTERS
 from driftlens.recording.families.native_moe import NativeMoEFamily, declared_routers, router_kind
 from driftlens.recording.sites import Site
+from driftlens.store.schema import GATE_SUM_TOLERANCE
 from tests.recording.tiny_moe import MODELS, NLLB, NOT_ROUTED, TinyMoE, build, calls, inputs, really_used
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,20 @@ def test_weights_are_the_rows_of_the_router(tiny: TinyMoE) -> None:
         assert (weights.a, weights.b) == (None, None)
         if weights.router is not None:
             assert weights.router.shape == (site.info.num_experts, site.info.d_in)
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "gpt_oss", "lfm2_moe", "mistral4", "qwen3_next"])
+def test_rows_of_a_model_in_half_precision_sum_to_one(model_type: str) -> None:
+    model: Any = build(BY_TYPE[model_type]).to(torch.bfloat16)
+    fed = inputs(model)
+    sites = list(NativeMoEFamily().find(model))
+    seen, truth = observe(model, sites, fed), really_used(model, fed)
+    for site in sites:
+        gate, used = seen[site.info.name]["gate"], truth[site.info.name][:, : site.info.num_experts].float()
+        assert float((gate.sum(-1) - 1).abs().max()) < GATE_SUM_TOLERANCE / 4
+        assert torch.equal(gate > 0, used > 0)
+        # bfloat16 keeps 8 bits
+        torch.testing.assert_close(gate * site.info.scaling, used, rtol=2**-7, atol=0)
 
 
 def test_every_declared_router_is_in_the_table(tiny: TinyMoE) -> None:
