@@ -57,8 +57,8 @@ MISSING: dict[str, str] = {
 }
 """What weights alone cannot tell, and why: all of it needs the base model and a recording."""
 
-_BLOCK_ELEMENTS = 1 << 21
-"""Largest number of entries of one factor, over the sites of a block: 16 MB in float64."""
+_BLOCK_ELEMENTS = 1 << 20
+"""Largest number of entries of one factor, over the sites of a block: 8 MB in float64."""
 
 _LISTS = ("principal_angles", "rank_update_a_pathways", "rank_update_b_pathways")
 _LABELS = ("task", "anchor", "checkpoint", "site", "layer", "kind", "expert", "sites", "experts")
@@ -143,13 +143,9 @@ def weight_table(
     notes = _Notes(sources, comparisons)
     fine: Literal["site", "expert"] = "expert" if level == "expert" else "site"
     for positions in _blocks(sources[0]):
-        factors = [source.read(positions) for source in sources]
-        infos = [sources[0].sites[position] for position in positions]
-        measured = [_Checkpoint(item) for item in factors]
-        for comparison in comparisons:
-            values = _measure(measured[comparison.anchor], measured[comparison.current], comparison)
+        for comparison, values in _measure_block(sources, comparisons, positions):
             notes.see(comparison, positions, values)
-            parts.append(_rows(sources, comparison, positions, infos, values, fine))
+            parts.append(_rows(sources, comparison, positions, values, fine))
     frame = _ordered(pd.concat(parts, ignore_index=True))
     frame.attrs["within_run"] = [name for name in frame.columns if _is_within_run(name)]
     frame.attrs["missing"] = dict(MISSING)
@@ -223,6 +219,14 @@ def _blocks(source: WeightSource) -> Iterator[list[int]]:
     for (experts, rank, d_in, d_out, *_), positions in groups.items():
         size = max(1, _BLOCK_ELEMENTS // (experts * rank * max(d_in, d_out)))
         yield from (positions[start : start + size] for start in range(0, len(positions), size))
+
+
+def _measure_block(
+    sources: Sequence[WeightSource], comparisons: Sequence[Comparison], positions: Sequence[int]
+) -> list[tuple[Comparison, _Values]]:
+    """Read a block of sites once and compare it; a function, so that its arrays are freed before the next block."""
+    block = [_Checkpoint(source.read(positions)) for source in sources]
+    return [(item, _measure(block[item.anchor], block[item.current], item)) for item in comparisons]
 
 
 class _Checkpoint:
@@ -317,10 +321,10 @@ def _rows(
     sources: Sequence[WeightSource],
     comparison: Comparison,
     positions: Sequence[int],
-    infos: Sequence[SiteInfo],
     values: _Values,
     level: Literal["site", "expert"],
 ) -> pd.DataFrame:
+    infos = [sources[0].sites[position] for position in positions]
     experts = infos[0].num_experts
     repeat = experts if level == "expert" else 1
     names = [sources[comparison.anchor].name, sources[comparison.current].name]

@@ -24,14 +24,20 @@ import torch
 
 from driftlens.analysis.weights import Factors
 from driftlens.errors import FormatError
-from driftlens.recording.factor_files import CONFIG_NAME, Tensors, open_tensors, read_adapter_config, weights_file
+from driftlens.recording.factor_files import (
+    CONFIG_NAME,
+    WEIGHT_NAMES,
+    Tensors,
+    open_tensors,
+    read_adapter_config,
+    weights_file,
+)
+from driftlens.recording.foreign.tensors import plain_key
 from driftlens.recording.sites import layer_index
 from driftlens.store import SiteInfo
 
 __all__ = ["FactorFolder"]
 
-_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
-_ALIAS = re.compile(r"(?<=\.)(lora[AB]\.\d+|lora_router)\.mlp\.weight$")
 _IGNORED = ("prism.same.", "mcitbox.same.")
 _NAME = r"(?:\.(?P<index>(?!weight$)[^.]+))?"
 _PATTERNS = tuple(
@@ -58,6 +64,7 @@ class _Parts:
     b: dict[str, str] = field(default_factory=dict)
     router: str | None = None
     magnitude: str | None = None
+    twins: list[tuple[str, str]] = field(default_factory=list)
     ours: bool = False
     packing: Packing = "experts"
 
@@ -117,6 +124,8 @@ class FactorFolder:
             FormatError: the file changed or cannot be read.
         """
         with open_tensors(self._file) as tensors:
+            for position in positions:
+                self._check_twins(tensors, position)
             a = np.stack([self._factor(tensors, position, "a") for position in positions])
             b = np.stack([self._factor(tensors, position, "b") for position in positions])
             side = []
@@ -141,6 +150,12 @@ class FactorFolder:
         if parts.packing == "expert_slowest":
             return whole.reshape(-1, experts, rank).transpose(1, 0, 2)
         return whole.reshape(-1, rank, experts).transpose(2, 0, 1)
+
+    def _check_twins(self, tensors: Tensors, position: int) -> None:
+        for first, second in self._parts[position].twins:
+            if self._shapes[first] != self._shapes[second] or not torch.equal(tensors.get(first), tensors.get(second)):
+                site = self.sites[position].name
+                raise self._broken(site, f"{first} and {second} are names of one parameter and hold different values")
 
     def _rows(self, name: str | None) -> int:
         return self._shapes[name][0] if name else 0
@@ -223,6 +238,11 @@ class FactorFolder:
                 f"{self.name} states no lora_alpha ({CONFIG_NAME}): update norms are those of B_e A_e without the "
                 "scaling. Overlaps, cosines and relative changes do not depend on it."
             )
+        left = [name for name in WEIGHT_NAMES if name != self._file.name and (self.path / name).is_file()]
+        if left:
+            notes.append(
+                f"{self.name} also holds {left[0]}, which was not read: {self._file.name} comes first, as in PEFT."
+            )
         if any(parts.magnitude for parts in self._parts):
             notes.append(
                 "DoRA rescales the adapted weight by its column norms, which need the base weight: update norms are "
@@ -241,11 +261,12 @@ class FactorFolder:
 def _sort_keys(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], list[str]]:
     """Sort tensor names into sites; the second list holds what belongs to none."""
     sites: dict[str, _Parts] = {}
+    seen: dict[str, str] = {}
     others = []
     for key in sorted(shapes, key=_natural):
         if key.startswith(_IGNORED):
             continue
-        plain = _ALIAS.sub(r"\1.weight", re.sub(r"\.default(?=\.|$)", "", _PREFIX.sub("", key)))
+        plain = plain_key(key)
         match = next((found for pattern in _PATTERNS if (found := pattern.match(plain))), None)
         if match is None:
             others.append(key)
@@ -253,8 +274,12 @@ def _sort_keys(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Parts], l
         parts = sites.setdefault(match["site"], _Parts())
         parts.ours = parts.ours or match["layout"] == "moe_lora"
         index = match.groupdict().get("index") or "0"
+        if plain in seen:  # two names of one parameter, see `plain_key`; compared when they are read
+            parts.twins.append((seen[plain], key))
+            continue
+        seen[plain] = key
         if match["part"] in ("A", "B"):
-            getattr(parts, match["part"].lower()).setdefault(index, key)
+            getattr(parts, match["part"].lower())[index] = key
         elif match["part"] == "magnitude":
             parts.magnitude = key
         else:

@@ -200,6 +200,20 @@ def test_both_aliases_and_extra_state_of_a_method_are_one_site(tmp_path: Path) -
     assert any("cross terms" in note for note in frame.attrs["notes"])
 
 
+def test_two_names_of_one_parameter_must_agree(tmp_path: Path) -> None:
+    tensors = foreign(tmp_path / "a")
+    key = "base_model.model.model.layers.2.mlp.down_proj.lora_B.loraB.1.weight"
+    save(tmp_path / "b", tensors | {key.replace(".weight", ".mlp.weight"): tensors[key] + 1})
+    with pytest.raises(FormatError, match=r"site model\.layers\.2\.mlp\.down_proj .* hold different values"):
+        dl.weight_drift(tmp_path / "b")
+
+
+def test_a_second_file_of_weights_is_named_and_not_read(tmp_path: Path) -> None:
+    foreign(tmp_path / "a")
+    torch.save({}, tmp_path / "a" / "adapter_model.bin")
+    assert any("adapter_model.bin, which was not read" in note for note in FactorFolder(tmp_path / "a").notes)
+
+
 def test_the_slot_that_never_moved_on_is_found_from_weights(tmp_path: Path) -> None:
     for task in (1, 2):
         tensors = foreign(tmp_path / f"Task{task}", experts=6, seed=task)
@@ -298,7 +312,7 @@ def test_unreadable_folders_give_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot be read"):
         FactorFolder(tmp_path / "good")
     save(tmp_path / "other", {"base_model.model.x.hada_w1_a": torch.ones(2, 2)}, peft_type="LOHA")
-    with pytest.raises(FormatError, match="no LoRA factors that are known.*LOHA.*hada_w1_a"):
+    with pytest.raises(FormatError, match=r"no LoRA factors that are known.*LOHA.*hada_w1_a"):
         FactorFolder(tmp_path / "other")
     foreign(tmp_path / "config")
     (tmp_path / "config" / "adapter_config.json").write_text("{")
