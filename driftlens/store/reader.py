@@ -203,13 +203,12 @@ class ReferenceGroup(Group):
 
         B0 are the reference's factors, B1 this checkpoint's, both with their scaling.
         """
-        if not self.rank:
-            return None
+        return {name: self.gram(name) for name in REFERENCE_GRAMS} if self.rank else None
+
+    def gram(self, name: str) -> LazyArray:
+        """Return one of `grams`, unread."""
         flat = self.num_experts * self.rank
-        shape = (len(self.site_index), flat, flat)
-        return {
-            name: self._recording.file.array(f"{self._key}/grams/{name}", shape, ("<f8",)) for name in REFERENCE_GRAMS
-        }
+        return self._recording.file.array(f"{self._key}/grams/{name}", (len(self.site_index), flat, flat), ("<f8",))
 
 
 class Recording:

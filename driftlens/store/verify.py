@@ -87,7 +87,7 @@ def _expected_members(recording: Recording) -> Iterator[tuple[str, set[str], set
         reference = {"reference"} if recording.has_reference else set()
         yield f"/{name}", {"expert", "expert_col", "rank", "rank_col"}, {"site", "stats", *VALUES, *reference}
         yield f"/{name}/stats", set(), set(STATS)
-    for group in recording.groups if recording.has_reference else ():
+    for group in (group for group in recording.groups if group.reference is not None):
         key = f"/{group_name(group.index)}/reference"
         yield key, set(), {"stats", *REFERENCE_VALUES, *(("grams",) if group.rank else ())}
         yield f"{key}/stats", set(), set(REFERENCE_STATS)
@@ -185,20 +185,42 @@ def _check_reference(recording: Recording, group: Group) -> Iterator[str]:
         yield f"{key} exists in some groups only; record it again."
     if inner is None:
         return
-    for name in REFERENCE_VALUES:
-        if name not in PATHWAY_NAMES or group.rank:
-            yield from _check_value(recording, inner, name)
-    for name in REFERENCE_STATS:
-        if not is_finite(inner.stats[name]) and (group.rank or name not in PATHWAY_NAMES):
-            yield f"{key}/stats/{name} has values that are not finite; record it again."
-    count, total = inner.stats["count"], inner.stats["gate_sum"].sum(axis=-1)
-    wrong = (np.abs(total - count) > GATE_SUM_TOLERANCE * count) & _normalised(recording, group)[:, None] & (total != 0)
-    if wrong.any():
-        site = recording.sites[int(group.site_index[int(np.argmax(wrong.any(axis=1)))])].name
-        yield f"{key}/stats/gate_sum of site {site!r} does not add up to count; record it again."
-    for array in (inner.grams or {}).values():
-        if not all(is_finite(part) for _, part in _blocks(array)):
-            yield f"{array.key} has values that are not finite; record it again."
+    if not group.index and not recording.meta.get("reference"):
+        yield f"{key} exists, but the attribute 'reference' does not say whose parameters it is about; record it again."
+    checks = [partial(_check_value, recording, inner, name) for name in REFERENCE_VALUES if _applies(group, name)]
+    checks += [
+        partial(_check_reference_sum, recording, inner, name) for name in REFERENCE_STATS if _applies(group, name)
+    ]
+    if group.rank:
+        checks += [partial(_check_reference_gram, inner, name) for name in REFERENCE_GRAMS]
+    for check in checks:
+        try:
+            yield from check()
+        except FormatError as error:
+            yield str(error).removeprefix(f"{recording.path}: ")
+
+
+def _applies(group: Group, name: str) -> bool:
+    return group.rank > 0 or name not in PATHWAY_NAMES
+
+
+def _check_reference_sum(recording: Recording, inner: ReferenceGroup, name: str) -> Iterator[str]:
+    key, array = f"/{group_name(inner.index)}/reference/stats/{name}", inner.stats[name]
+    if not is_finite(array):
+        yield f"{key} has values that are not finite; record it again."
+    elif name == "gate_sum":
+        count, total = inner.stats["count"], array.sum(axis=-1)
+        wrong = (np.abs(total - count) > GATE_SUM_TOLERANCE * count) & (total != 0)
+        wrong &= _normalised(recording, inner)[:, None]
+        if wrong.any():
+            site = recording.sites[int(inner.site_index[int(np.argmax(wrong.any(axis=1)))])].name
+            yield f"{key} of site {site!r} does not add up to count; record it again."
+
+
+def _check_reference_gram(inner: ReferenceGroup, name: str) -> Iterator[str]:
+    array = inner.gram(name)
+    if not all(is_finite(part) for _, part in _blocks(array)):
+        yield f"{array.key} has values that are not finite; record it again."
 
 
 def _normalised(recording: Recording, group: Group) -> NDArray[np.bool_]:
