@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from driftlens.errors import FormatError, SiteError
 from driftlens.recording.checkpoints import LoadedCheckpoint, check_keys, checkpoint_sha256, read_config
+from driftlens.recording.families.foreign import foreign_site
 from driftlens.recording.sites import Site, find_sites
 from driftlens.store import SiteInfo, group_sites
 
@@ -69,27 +71,36 @@ def load_reference(loaded: LoadedCheckpoint, folder: Path | str) -> Reference:
     """
     folder = Path(folder)
     digest = checkpoint_sha256(folder)
+    if loaded.foreign is not None:
+        layers = loaded.foreign.anchor_layers(loaded.model, folder)
+        return Reference(folder.name, digest, [foreign_site(name, layer) for name, layer in layers.items()])
     read_config(folder)
-    model, active = loaded.model, loaded.model.active_adapter
-    if REFERENCE_ADAPTER in model.peft_config:
-        model.delete_adapter(REFERENCE_ADAPTER)
+    model, active = loaded.peft, loaded.peft.active_adapter
     device = next(model.parameters()).device
+    _unload(model)
+    sites: list[Site] = []
     try:
         model.load_adapter(str(folder), REFERENCE_ADAPTER, torch_device=str(device))
+        check_keys(folder, model, REFERENCE_ADAPTER)
+        model.set_adapter(REFERENCE_ADAPTER)
+        sites = find_sites(model)
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise FormatError(
             f"The reference {folder} cannot be loaded beside {loaded.folder} ({type(error).__name__}: {first:.300}). "
             "An anchor is an earlier checkpoint of the same kind on the same base model: give that one."
         ) from error
-    check_keys(folder, model, REFERENCE_ADAPTER)
-    try:
-        model.set_adapter(REFERENCE_ADAPTER)
-        sites = find_sites(model)
     finally:
         model.set_adapter(active)
+        if not sites:
+            _unload(model)
     model.to(device).eval()
     return Reference(folder.name, digest, sites)
+
+
+def _unload(model: PeftModel) -> None:
+    if REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(REFERENCE_ADAPTER)
 
 
 def match_sites(sites: Sequence[Site], reference: Reference) -> list[Site | None]:
