@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from driftlens.errors import FormatError, NotFoundError
 from driftlens.store.encoding import decode_attr
 from driftlens.store.schema import MAX_CHUNK_BYTES, MAX_COMPRESSION_RATIO, MAX_DATASET_BYTES, MAX_EXTENT, MAX_TOKENS
+from driftlens.store.structure import ForeignStorageError, StructureError, check_object
 
 __all__ = ["GuardedFile", "LazyArray"]
 
@@ -44,7 +45,10 @@ class GuardedFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.size = _check_superblock(self.path)
+        self._examined: set[int] = set()
+        self.size, root = _check_superblock(self.path)
+        with self.path.open("rb") as raw:
+            self._check_object("/", root, raw.fileno())
         self._open()
 
     def _open(self) -> None:
@@ -95,6 +99,24 @@ class GuardedFile:
             for name in names:
                 self._check_link(group, key, name)
             return names
+
+    def _check_object(self, key: str, address: int, handle: int | None = None) -> None:
+        """Examine the header at ``address`` before libhdf5 opens it, once."""
+        if address in self._examined:
+            return
+        try:
+            check_object(self.h5.id.get_vfd_handle() if handle is None else handle, self.size, address)
+        except ForeignStorageError as error:
+            raise self._foreign(key, str(error)) from error
+        except StructureError as error:
+            raise self.damaged(key, error) from error
+        self._examined.add(address)
+
+    def _foreign(self, key: str, kind: str) -> FormatError:
+        return FormatError(
+            f"{self.path}: {key} has {kind}, which reads other files; recordings contain none. "
+            "The file was not written by driftlens; do not trust it."
+        )
 
     def group(self, key: str) -> h5py.Group:
         """Return the group at the absolute path ``key``, following plain links only."""
@@ -151,13 +173,15 @@ class GuardedFile:
         where = f"{key.rstrip('/')}/{name}"
         if not group.id.links.exists(name.encode()):
             raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
-        link = group.id.links.get_info(name.encode()).type
+        info = group.id.links.get_info(name.encode())
+        link = info.type
         if link != h5py.h5l.TYPE_HARD:
             kind = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}.get(link, "a link")
             raise FormatError(
                 f"{self.path}: {where} is {kind}, which could lead to other files; recordings contain none. "
                 "The file was not written by driftlens; do not trust it."
             )
+        self._check_object(where, info.u)
 
     def array(self, key: str, shape: Sequence[int | None], dtypes: Sequence[str]) -> LazyArray:
         """Return dataset ``key`` after checking everything about it but its data.
@@ -183,11 +207,7 @@ class GuardedFile:
     def _check_layout(self, key: str, dataset: h5py.Dataset) -> None:
         plist = dataset.id.get_create_plist()
         if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
-            kind = "external storage" if plist.get_external_count() else "a virtual layout"
-            raise FormatError(
-                f"{self.path}: {key} has {kind}, which reads other files; recordings contain none. "
-                "The file was not written by driftlens; do not trust it."
-            )
+            raise self._foreign(key, "external storage" if plist.get_external_count() else "a virtual layout")
         if plist.get_layout() != h5py.h5d.CHUNKED:
             raise self.refuse(key, "is not stored in chunks", "chunks with a checksum")
         filters = [plist.get_filter(index) for index in range(plist.get_nfilters())]
@@ -358,8 +378,8 @@ def _spans(index: Any, shape: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _check_superblock(path: Path) -> int:
-    """Return the file's size after comparing it with what its first 48 bytes declare."""
+def _check_superblock(path: Path) -> tuple[int, int]:
+    """Return size and root address after comparing the size with what the file's first 48 bytes declare."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise FormatError(f"{path} is not a file. Give the path of a .h5 recording.")
@@ -381,13 +401,14 @@ def _check_superblock(path: Path) -> int:
     if len(head) < 48:
         raise FormatError(f"{path} is truncated: {size} bytes are there, at least 48 are needed. {_ADVICE}")
     version, offset_size, _, _ = struct.unpack_from("4B", head, 8)
-    base, _, end = struct.unpack_from("<3Q", head, 12)
-    if version not in (2, 3) or offset_size != 8 or base != 0:
+    base, extension, end, root = struct.unpack_from("<4Q", head, 12)
+    if version not in (2, 3) or offset_size != 8 or base != 0 or extension != (1 << 64) - 1:
         raise FormatError(
             f"{path} has HDF5 superblock version {version}, offsets of {offset_size} bytes and base {base}; "
-            "recordings have version 2 or 3, 8 and 0. It was not written by driftlens, or its first bytes are damaged."
+            "recordings have version 2 or 3, 8 and 0, and no extension. "
+            "It was not written by driftlens, or its first bytes are damaged."
         )
     if end != size:
         state = "truncated" if size < end else "longer than it declares"
         raise FormatError(f"{path} is {state}: {size:,} bytes are there, {end:,} are expected. {_ADVICE}")
-    return size
+    return size, root

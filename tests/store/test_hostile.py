@@ -16,6 +16,7 @@ import pytest
 
 from driftlens.errors import FormatError
 from driftlens.store import Recording, open_recording, verify_recording
+from driftlens.store.encoding import FILE_FORMAT
 from tests.store import _make as make
 
 KEY = "group_0/gate"
@@ -156,7 +157,7 @@ def nothing(file: h5py.File) -> None:
     ],
 )
 def test_a_forged_dataset_is_refused(small: Path, build: Callable[[h5py.File], None], text: str) -> None:
-    with h5py.File(small, "r+") as file:
+    with h5py.File(small, "r+", libver=FILE_FORMAT) as file:
         del file[KEY]
         build(file)
     with open_recording(small) as recording, pytest.raises(FormatError, match=re.escape(f"{small}: /{KEY} {text}")):
@@ -165,7 +166,7 @@ def test_a_forged_dataset_is_refused(small: Path, build: Callable[[h5py.File], N
 
 
 def forge_token_count(path: Path, count: int) -> None:
-    with h5py.File(path, "r+") as file:
+    with h5py.File(path, "r+", libver=FILE_FORMAT) as file:
         for key in ("token", *(f"tokens/{name}" for name in file["tokens"])):
             file[key].resize((count,))
 
@@ -224,7 +225,7 @@ def probe_of_objects(file: h5py.File) -> None:
     ],
 )  # fmt: skip
 def test_a_forged_head_is_refused_on_opening(small: Path, forge: Callable[[h5py.File], None], text: str) -> None:
-    with h5py.File(small, "r+") as file:
+    with h5py.File(small, "r+", libver=FILE_FORMAT) as file:
         forge(file)
     with pytest.raises(FormatError, match=re.escape(text)):
         open_recording(small)
@@ -232,7 +233,7 @@ def test_a_forged_head_is_refused_on_opening(small: Path, forge: Callable[[h5py.
 
 
 def test_a_cycle_of_links_ends(small: Path) -> None:
-    with h5py.File(small, "r+") as file:
+    with h5py.File(small, "r+", libver=FILE_FORMAT) as file:
         cycle(file)
     with open_recording(small) as recording:
         assert recording.gate(0, 0).shape == (5, 3)
@@ -240,7 +241,7 @@ def test_a_cycle_of_links_ends(small: Path) -> None:
 
 
 def test_a_newer_minor_schema_opens_with_a_warning(small: Path) -> None:
-    with h5py.File(small, "r+") as file:
+    with h5py.File(small, "r+", libver=FILE_FORMAT) as file:
         file.attrs.create("driftlens_schema", b"1.7", dtype="S3")
         file.create_group("something_new")
     with pytest.warns(UserWarning, match=r"has schema 1\.7, newer than 1\.1; what was added since is ignored. Upgrade"):
