@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from driftlens.backbones import load_backbone
 from driftlens.errors import SiteError
@@ -102,6 +105,21 @@ def test_reading_both_factors_in_the_same_order_gives_another_delta() -> None:
     assert (right - wrong).norm() > right.norm()
 
 
+@pytest.mark.parametrize(
+    ("base", "gate", "normalised"),
+    [
+        (mixtral, "softmax, top-k, renormalised", True),
+        (peft_fused.qwen3, "softmax, top-k, not renormalised", False),
+        (gpt_oss, "top-k, softmax", True),
+    ],
+)
+def test_fused_sites_say_how_the_native_router_defines_the_gate(
+    base: Callable[[], nn.Module], gate: str, normalised: bool
+) -> None:
+    for site in PeftFusedFamily().find(fused(base)):
+        assert (site.info.gate, site.info.top_k, site.info.normalised) == (gate, 2, normalised)
+
+
 def test_pathways_of_experts_that_did_not_run_are_zero() -> None:
     model = fused(mixtral)
     for values in observe(model, list(PeftFusedFamily().find(model))).values():
@@ -109,6 +127,56 @@ def test_pathways_of_experts_that_did_not_run_are_zero() -> None:
         assert torch.equal(ran.sum(1), torch.full((24,), 2))
         assert bool((values["pathway"][~ran] == 0).all())
         assert bool((values["pathway"][ran] != 0).all())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_rows_do_not_depend_on_how_the_experts_are_computed(implementation: str) -> None:
+    model = fused(mixtral, implementation=implementation)
+    expected, seen = peft_fused.truth(model, IDS), observe(model, list(PeftFusedFamily().find(model)))
+    for name, values in seen.items():
+        for part in ("gate", "pathway"):
+            torch.testing.assert_close(values[part], expected[name][part], rtol=1e-4, atol=1e-5)
+
+
+class Bare(nn.Module):
+    """One experts module behind an embedding, with routing that is given."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 24)
+        self.experts = experts
+
+    def routing(self, n: int) -> tuple[Tensor, Tensor]:
+        index = torch.stack([torch.arange(n) % 5, (torch.arange(n) + 2) % 5], 1)
+        return index, torch.linspace(0.1, 0.9, 2 * n).reshape(n, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.experts(self.embed(input_ids.flatten()), *self.routing(input_ids.numel()))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "aria"])
+def test_experts_without_a_gate_or_transposed_give_what_the_adapter_adds(kind: str) -> None:
+    names = {"hidden_size": 24, "moe_intermediate_size": 20, "intermediate_size": 20, "moe_latent_size": None}
+    counts = {"n_routed_experts": 5, "moe_num_experts": 5, "mlp_hidden_act": "relu2", "hidden_act": "silu"}
+    config = SimpleNamespace(**names, **counts, _experts_implementation="eager")
+    experts = {"nemotron_h": NemotronHExperts, "aria": AriaExperts}[kind](config)
+    torch.manual_seed(3)
+    for value in experts.parameters():
+        nn.init.normal_(value, std=0.3)
+    targets = [f"experts.{name}" for name, _ in experts.named_parameters()]
+    model = get_peft_model(Bare(experts), LoraConfig(r=3, target_modules=[], target_parameters=targets)).eval()
+    shake_lora(model)
+    sites = {site.info.kind: site for site in PeftFusedFamily().find(model)}
+    assert len(sites) == 2
+    seen, down = observe(model, list(sites.values())), sites["down_proj"]
+    values, weights = seen[down.info.name], down.weights()
+    added = down.info.scaling * torch.einsum("ne,eor,ner->no", values["gate"], weights.b, values["pathway"])
+    with torch.no_grad():
+        on = model(IDS)
+        down.module.enable_adapters(enabled=False)
+        off = model(IDS)
+    torch.testing.assert_close(added, on - off, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values["base_norm"], off.norm(dim=-1), rtol=1e-4, atol=1e-4)
 
 
 def test_both_kinds_of_lora_in_one_model_are_both_found() -> None:

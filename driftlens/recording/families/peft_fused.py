@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from driftlens.errors import SiteError
+from driftlens.recording.families.native_moe import router_kind
 from driftlens.recording.families.peft_lora import Skipped, active_adapters, tuned_modules
 from driftlens.recording.hooks import HookPoint
 from driftlens.recording.sites import Site, SiteWeights, layer_index
@@ -74,8 +75,7 @@ class PeftFusedFamily:
                     f"Site {name} has {len(adapters)} active adapters ({', '.join(adapters)}); fused experts are "
                     "recorded for one at a time. Choose it with model.set_adapter(...)."
                 )
-            router = _router(by_name.get(path.rpartition(".")[0]), wrapper)
-            yield _FusedSite(name, wrapper, adapters[0], router).site()
+            yield _FusedSite(name, wrapper, adapters[0], by_name.get(path.rpartition(".")[0])).site()
         skipped.warn()
 
 
@@ -106,15 +106,21 @@ def _router(block: nn.Module | None, wrapper: Any) -> nn.Module | None:
 class _FusedSite:
     """One adapted parameter of one experts module."""
 
-    def __init__(self, name: str, wrapper: Any, adapter: str, router: nn.Module | None) -> None:
-        self.name, self.wrapper, self.adapter, self.router = name, wrapper, adapter, router
+    def __init__(self, name: str, wrapper: Any, adapter: str, block: nn.Module | None) -> None:
+        self.name, self.wrapper, self.adapter, self.block = name, wrapper, adapter, block
+        self.router = _router(block, wrapper)
         self.experts = wrapper.get_base_layer()
         self.is_down = wrapper.parameter_name == _DOWN
         self.num_experts, self.rank = int(wrapper.num_experts), int(wrapper.r[adapter])
         self.scaling = float(wrapper.scaling[adapter])
 
     def site(self) -> Site:
-        straight = type(self.router).__name__ in _ROUTERS
+        kind = None if self.router is None else router_kind(self.router)
+        gate, top_k, normalised = "topk", int(getattr(self.experts.config, "num_experts_per_tok", 0) or 0), False
+        if kind is not None and self.router is not None and self.block is not None:
+            gate, top_k = kind.describe(self.router, self.block), kind.top_k(self.router, self.block)
+            normalised = kind.normalised(self.router, self.block)
+        straight = kind is not None and type(self.router).__name__ in _ROUTERS
         info = SiteInfo(
             name=self.name,
             layer=layer_index(self.name),
@@ -124,11 +130,11 @@ class _FusedSite:
             d_in=int(self.wrapper.in_features),
             d_out=int(self.wrapper.out_features),
             scaling=self.scaling,
-            gate="topk",
-            top_k=int(getattr(self.router, "top_k", 0)),
+            gate=gate,
+            top_k=top_k,
             family="peft-fused",
-            # of other routers it is not known whether they renormalise what top-k leaves
-            normalised=straight and bool(getattr(self.router, "norm_topk_prob", True)),
+            # other blocks may scale the weights on their way from the router to the experts
+            normalised=straight and normalised,
         )
         points = (HookPoint(self.name, "experts", self.experts),)
         # At down_proj every expert sees an input of its own: there is no one h to answer.
