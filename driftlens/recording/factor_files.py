@@ -15,10 +15,19 @@ from torch import Tensor
 
 from driftlens.errors import FormatError, NotFoundError
 
-__all__ = ["CONFIG_NAME", "WEIGHT_NAMES", "Tensors", "open_tensors", "read_adapter_config", "weights_file"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHT_NAMES",
+    "Tensors",
+    "load_pickled",
+    "open_tensors",
+    "read_adapter_config",
+    "weights_file",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_TRIPPED = (ValueError, TypeError, AttributeError, AssertionError)
 _DAMAGED = "The checkpoint is damaged or still being written; copy it again."
 
 
@@ -80,23 +89,33 @@ class _Safetensors:
 
 class _Pickled:
     def __init__(self, path: Path) -> None:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise FormatError(
-                f"{path} cannot be read as plain tensors ({type(error).__name__}: {first:.200}). Files that run code "
-                f"when loaded are refused. {_DAMAGED}"
-            ) from error
-        if not isinstance(loaded, Mapping):
-            raise FormatError(f"{path} holds a {type(loaded).__name__}, expected tensors by name.")
-        self._tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+        self._tensors = {name: value for name, value in load_pickled(path).items() if isinstance(value, Tensor)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._tensors.items()}
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def load_pickled(path: Path) -> dict[str, Any]:
+    """Return what a file of ``torch.save`` holds by name: tensors, numbers and lists of them, never objects with code.
+
+    Raises:
+        FormatError: unreadable, truncated, or pickled objects of other kinds.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    # a file cut short is an OSError; other damage surfaces as whatever the unpickler trips over
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ArithmeticError, LookupError, *_TRIPPED) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise FormatError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}: {first:.200}). Files that run code "
+            f"when loaded are refused. {_DAMAGED}"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, expected tensors by name.")
+    return {str(name): value for name, value in loaded.items()}
 
 
 def _is_zip(path: Path) -> bool:

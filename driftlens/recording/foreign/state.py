@@ -11,7 +11,6 @@ A recorder has no CLIP features. Who has them gets the weights from `prototype_w
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from driftlens.errors import ConfigError, FormatError, UnknownNameError
+from driftlens.recording.factor_files import load_pickled
 from driftlens.recording.foreign.tensors import plain_key
 
 __all__ = ["STATE_FILES", "ForeignState", "prototype_weights", "read_state"]
@@ -71,7 +71,7 @@ def read_state(folder: Path, copies: Mapping[str, Tensor] | None = None) -> Fore
     values: dict[str, Tensor] = {}
     for name in STATE_FILES:
         if (folder / name).is_file():
-            values |= _flat(_load(folder / name))
+            values |= _flat(load_pickled(folder / name))
     own = {_copied(key): value for key, value in (copies or {}).items()}
     for key in values.keys() & own.keys():
         if values[key].shape != own[key].shape or not torch.equal(values[key].float(), own[key].float()):
@@ -143,20 +143,6 @@ def prototype_weights(
             return torch.softmax(28 * by_text, dim=-1)
         return torch.softmax(28 * (0.2 * near("image", image, state.image) + 0.8 * by_text), dim=-1)
     return torch.softmax((near("image", image, state.image) + by_text) / 2 / 0.1, dim=-1)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise FormatError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}: {first:.200}). Files that run code when "
-            f"loaded are refused. {_AGAIN}"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise FormatError(f"{path} holds a {type(loaded).__name__}, expected tensors by name. {_AGAIN}")
-    return {str(key): value for key, value in loaded.items()}
 
 
 def _flat(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
