@@ -81,24 +81,30 @@ class Observer:
             self.points.extend(site.points)
             self._owners.extend((index, point.part) for point in site.points)
         self._ranks = [sites[group[0]].info.rank for group in self.groups]
+        self._roots: list[Tensor | None] = []
+        self._anchors = None if reference is None else match_sites(sites, reference)
+        self._change: list[tuple[Tensor, Tensor] | None] = []
+        self.refresh()
+        product = [[sites[i].info.semantics == "product_of_sums" for i in group] for group in self.groups]
+        device = next(sites[0].module.parameters()).device
+        self._product = [torch.tensor(row, device=device) if any(row) else None for row in product]
+        self._seen: list[dict[str, Tensor]] = [{} for _ in sites]
+        self._layout: list[tuple[str, list[int]]] = []
+        self._flat: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Read the up-projections anew; needed where they change between the observed forwards."""
         self._roots = [
             output_roots([self.sites[i] for i in group]) if rank else None
             for group, rank in zip(self.groups, self._ranks, strict=True)
         ]
-        product = [[sites[i].info.semantics == "product_of_sums" for i in group] for group in self.groups]
-        device = next(sites[0].module.parameters()).device
-        self._product = [torch.tensor(row, device=device) if any(row) else None for row in product]
-        self._anchors = None if reference is None else match_sites(sites, reference)
-        self._change: list[tuple[Tensor, Tensor] | None] = [None for _ in self.groups]
-        if self._anchors is not None:
-            for number, group in enumerate(self.groups):
-                if self._ranks[number]:
-                    self._change[number] = drift_roots(
-                        [self.sites[i] for i in group], [self._anchors[i] for i in group]
-                    )
-        self._seen: list[dict[str, Tensor]] = [{} for _ in sites]
-        self._layout: list[tuple[str, list[int]]] = []
-        self._flat: Tensor | None = None
+        anchors = self._anchors
+        self._change = [
+            None
+            if anchors is None or not rank
+            else drift_roots([self.sites[i] for i in group], [anchors[i] for i in group])
+            for group, rank in zip(self.groups, self._ranks, strict=True)
+        ]
 
     def expect(self, tokens: Int[Tensor, " n"], stored: Int[Tensor, " m"]) -> None:
         """Say which tokens of the coming batch count.
