@@ -11,7 +11,7 @@ from driftlens.cli.common import JsonOption, emit
 
 __all__ = ["sites"]
 
-_SHOWN = ["name", "layer", "kind", "gate", "num_experts", "rank", "d_in", "d_out", "scaling"]
+_SHOWN = ["name", "family", "layer", "kind", "gate", "num_experts", "rank", "d_in", "d_out", "scaling"]
 
 
 def sites(

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: an adapter folder of PEFT, CoIN, MCITlib or Prism on the base model that it belongs to."""
+"""Loading a checkpoint: an adapter folder of PEFT, CoIN, MCITlib or Prism on its base model, or a whole model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ __all__ = [
     "LoadedCheckpoint",
     "check_keys",
     "checkpoint_sha256",
+    "is_whole_model",
     "load_checkpoint",
     "read_config",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
 _PICKLED_WEIGHTS = "adapter_model.bin"
 
 
@@ -41,10 +43,11 @@ class LoadedCheckpoint:
     """An adapted model that is ready to be recorded.
 
     Attributes:
-        folder: the adapter folder.
+        folder: the adapter folder, or that of a whole model.
         sha256: hash of its configuration and weights.
         backbone: the base model and its encoder.
-        model: the base model with the adapter: PEFT's wrapper, or for a foreign folder the base model itself.
+        model: the base model with the adapter: PEFT's wrapper, or for a foreign folder or a whole model the base model
+            itself.
         foreign: the adapter of a CoIN, MCITlib or Prism folder; None for PEFT's.
     """
 
@@ -57,11 +60,13 @@ class LoadedCheckpoint:
     @property
     def meta(self) -> dict[str, Any]:
         """What a recording says about the checkpoint and its base model."""
+        # a whole model has no base that other checkpoints share but its kind
+        whole = is_whole_model(self.folder)
         return {
             "checkpoint": self.folder.name,
             "checkpoint_sha256": self.sha256,
-            "base": self.backbone.name,
-            "base_sha256": self.backbone.sha256,
+            "base": str(self.backbone.model.config.model_type) if whole else self.backbone.name,
+            "base_sha256": "" if whole else self.backbone.sha256,
             **({} if self.foreign is None else self.foreign.meta),
         }
 
@@ -81,11 +86,18 @@ class LoadedCheckpoint:
 
     def unload(self) -> None:
         """Take the adapter off the base model, so that another checkpoint can be loaded on it."""
+        if is_whole_model(self.folder):
+            return
         if self.foreign is not None:
             self.foreign.remove()
             return
         base: nn.Module = self.peft.unload()
         self.backbone.model = base  # type: ignore[assignment]  # the same PreTrainedModel that was wrapped
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a folder holds a transformers model of its own rather than an adapter."""
+    return (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
 def checkpoint_sha256(folder: Path) -> str:
@@ -112,7 +124,8 @@ def load_checkpoint(
     """Load an adapter folder on its base model, in evaluation mode.
 
     Args:
-        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or of CoIN, MCITlib or Prism.
+        folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or of CoIN, MCITlib or Prism, or
+            a whole transformers model (``config.json``), which needs no base.
         base: base model; None takes the one that the adapter names.
         backbone: an already loaded base model to use instead; the adapter is put on it.
         device: where the model goes.
@@ -126,6 +139,14 @@ def load_checkpoint(
         ConfigError: semantics for a folder of PEFT's, or that are unknown or not to be inferred.
     """
     folder = Path(folder)
+    if is_whole_model(folder):
+        if base is not None or backbone is not None or semantics is not None or expert_weights is not None:
+            raise ConfigError(
+                f"{folder} holds a whole model, not an adapter: it takes no base model and no semantics. Leave them "
+                f"out, or give the folder that holds {ADAPTER_CONFIG}."
+            )
+        whole = load_backbone(str(folder), device=device)
+        return LoadedCheckpoint(folder, whole.sha256, whole, whole.model)
     digest = checkpoint_sha256(folder)
     foreign = looks_foreign(folder)
     config = read_config(folder, any_type=foreign)
