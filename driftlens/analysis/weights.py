@@ -139,14 +139,14 @@ def weight_table(
         raise ConfigError("No checkpoints to compare. Give an anchor and at least one later checkpoint.")
     for source in sources[1:]:
         _check_same_sites(sources[0], source)
-    parts: list[pd.DataFrame] = []
+    parts: list[dict[str, np.ndarray]] = []
     notes = _Notes(sources, comparisons)
     fine: Literal["site", "expert"] = "expert" if level == "expert" else "site"
     for positions in _blocks(sources[0]):
         for comparison, values in _measure_block(sources, comparisons, positions):
             notes.see(comparison, positions, values)
             parts.append(_rows(sources, comparison, positions, values, fine))
-    frame = _ordered(pd.concat(parts, ignore_index=True))
+    frame = _ordered(_joined(parts))
     frame.attrs["within_run"] = [name for name in frame.columns if _is_within_run(name)]
     frame.attrs["missing"] = dict(MISSING)
     frame.attrs["notes"] = notes.sentences()
@@ -323,33 +323,52 @@ def _rows(
     positions: Sequence[int],
     values: _Values,
     level: Literal["site", "expert"],
-) -> pd.DataFrame:
+) -> dict[str, np.ndarray]:
     infos = [sources[0].sites[position] for position in positions]
     experts = infos[0].num_experts
     repeat = experts if level == "expert" else 1
     names = [sources[comparison.anchor].name, sources[comparison.current].name]
-    columns: dict[str, object] = {
+    columns: dict[str, np.ndarray] = {
         "position": np.repeat(positions, repeat),
-        "comparison": [comparison] * (len(infos) * repeat),
-        "task": comparison.task,
-        "anchor": names[0] if comparison.anchor != comparison.current else None,
-        "checkpoint": names[1],
-        "site": np.repeat(np.array([info.name for info in infos], dtype=object), repeat),
+        "comparison": _objects([comparison] * (len(infos) * repeat)),
+        "task": _objects([comparison.task] * (len(infos) * repeat)),
+        "anchor": _objects([names[0] if comparison.anchor != comparison.current else None] * (len(infos) * repeat)),
+        "checkpoint": _objects([names[1]] * (len(infos) * repeat)),
+        "site": np.repeat(_objects([info.name for info in infos]), repeat),
         "layer": np.repeat([info.layer for info in infos], repeat),
-        "kind": np.repeat(np.array([info.kind for info in infos], dtype=object), repeat),
+        "kind": np.repeat(_objects([info.kind for info in infos]), repeat),
     }
     if level == "expert":
         columns["expert"] = np.tile(np.arange(experts), len(infos))
         measures = {name: array.ravel() for name, array in values.expert.items()}
         measures["silent"] = np.where(np.isnan(measures["update_norm"]), np.nan, measures["update_norm"] == 0)
     else:
-        columns["experts"] = experts
+        columns["experts"] = np.full(len(infos), experts)
         measures = {name: mean_defined(array) for name, array in values.expert.items()} | values.site
     columns |= measures
     if level == "expert":
         for name, array in values.pathway.items():
-            columns[name] = pd.Series(list(array.reshape(-1, array.shape[-1]).tolist()), dtype=object)
-    columns["undefined"] = _undefined(measures, np.repeat(values.finite, repeat))
+            columns[name] = _objects(array.reshape(-1, array.shape[-1]).tolist())
+    columns["undefined"] = _objects(_undefined(measures, np.repeat(values.finite, repeat)))
+    return columns
+
+
+def _objects(values: Sequence[object]) -> np.ndarray:
+    """Return a flat array of objects; lists among them stay lists."""
+    array = np.empty(len(values), dtype=object)
+    for number, value in enumerate(values):
+        array[number] = value
+    return array
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> pd.DataFrame:
+    """Join blocks to one table; NaN where a block has no such column (sites without a router among others)."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    rows = [len(part["position"]) for part in parts]
+    columns = {
+        name: np.concatenate([part.get(name, np.full(n, np.nan)) for part, n in zip(parts, rows, strict=True)])
+        for name in names
+    }
     return pd.DataFrame(columns)
 
 
