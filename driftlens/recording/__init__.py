@@ -1,8 +1,9 @@
 """Recording: observing gates and pathways of a model on fixed probes, one file per checkpoint.
 
-``record`` observes a model that is already there, ``record_checkpoint`` loads a PEFT adapter folder first, and
-``record_run`` works through all checkpoints of a run. What can be observed is decided by site families
-(``SITE_FAMILIES``), what it is observed on by a ``ProbeSet``.
+``record`` observes a model that is already there, on probes or in the caller's own forwards, ``RecordCallback`` one that
+`transformers.Trainer` trains, ``record_checkpoint`` loads an adapter folder first, and ``record_run`` works through all
+checkpoints of a run. What can be observed is decided by site families (``SITE_FAMILIES``), what it is observed on by a
+``ProbeSet``.
 """
 
 from driftlens.recording.accumulators import ProbeSums, batch_sums
@@ -10,10 +11,10 @@ from driftlens.recording.batches import ProbePrefix
 from driftlens.recording.checkpoints import LoadedCheckpoint, load_checkpoint
 from driftlens.recording.families import MoELoraFamily
 from driftlens.recording.hooks import HookPoint, Hooks, count_hooks
+from driftlens.recording.live import LiveRecording, record
 from driftlens.recording.probe_files import load_probes, write_probes
 from driftlens.recording.probes import ProbeSample, ProbeSet
 from driftlens.recording.recorder import Progress, RecordingSummary
-from driftlens.recording.recorder import record_probes as record
 from driftlens.recording.run import record_checkpoint, record_run
 from driftlens.recording.sites import SITE_FAMILIES, Site, SiteFamily, SiteWeights, find_sites
 
@@ -21,6 +22,7 @@ __all__ = [
     "SITE_FAMILIES",
     "HookPoint",
     "Hooks",
+    "LiveRecording",
     "LoadedCheckpoint",
     "MoELoraFamily",
     "ProbePrefix",

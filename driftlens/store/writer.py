@@ -55,7 +55,7 @@ class RecordingWriter:
     Args:
         path: final name of the recording.
         sites: all sites in model order; `group_sites` tells how they are grouped.
-        probes: names of the probes (tasks) in order.
+        probes: names of the probes (tasks) in order; empty if they come up as it goes, see `grow`.
         sample_ids: for every probe the ids of its samples in order.
         meta: attributes of the recording (checkpoint, base, hashes, versions, ...): text, numbers, lists, dicts.
         n_tokens: how many token rows will be appended in all, if known: the disk is asked beforehand and the number
@@ -88,7 +88,9 @@ class RecordingWriter:
         self.sample_ids = {probe: list(sample_ids.get(probe, ())) for probe in self.probes}
         self.reference = reference
         self._meta = dict(meta)
-        check_names(self.path, self.sites, self.probes, sample_ids)
+        self._grows = not self.probes
+        if not self._grows:
+            check_names(self.path, self.sites, self.probes, sample_ids)
         self._stats: dict[int, dict[str, NDArray[Any]]] = {}
         self._grams: Grams | None = None
         self._reference_grams: dict[int, dict[str, NDArray[np.float64]]] = {}
@@ -160,8 +162,8 @@ class RecordingWriter:
         h5.attrs.create(
             "driftlens_schema", SCHEMA_VERSION.encode(), dtype=h5py.string_dtype("utf-8", len(SCHEMA_VERSION))
         )
-        self._scales = {"probe": create_scale(h5, "probe", self.probes)}
-        self._write_samples(h5.create_group("samples"))
+        if not self._grows:
+            self._start_probes(h5)
         self._write_sites(h5.create_group("sites"))
         extents = [self._extent(group) for group in range(len(self.groups))]
         length = block_length([(experts, rank) for _, experts, rank in extents])
@@ -171,6 +173,10 @@ class RecordingWriter:
             value_blocks(h5.create_group(group_name(index)), *extent, length, reference=self.reference)
             for index, extent in enumerate(extents)
         ]
+
+    def _start_probes(self, h5: h5py.File) -> None:
+        self._scales = {"probe": create_scale(h5, "probe", self.probes)}
+        self._write_samples(h5.create_group("samples"))
 
     def _write_samples(self, group: h5py.Group) -> None:
         ids = [text for probe in self.probes for text in self.sample_ids[probe]]
@@ -189,6 +195,23 @@ class RecordingWriter:
     def set_meta(self, **meta: Any) -> None:
         """Add or replace attributes that are known only at the end, for example the measured overhead."""
         self._meta.update(meta)
+
+    def grow(self, probe: str, ids: Sequence[str]) -> None:
+        """Add samples to a probe, for a recording that was begun without probes because they come up as it goes.
+
+        Args:
+            probe: name of the probe; a new name opens the next probe.
+            ids: ids of its new samples.
+
+        Raises:
+            FormatError: the probes were given at the start.
+        """
+        if not self._grows:
+            raise FormatError(f"{self.path}: probes and samples were given at the start; none can be added.")
+        if probe not in self.sample_ids:
+            self.probes.append(probe)
+            self.sample_ids[probe] = []
+        self.sample_ids[probe] += ids
 
     def append(
         self,
@@ -339,6 +362,10 @@ class RecordingWriter:
 
     def _finish(self) -> None:
         h5 = self._file
+        if self._grows:
+            check_names(self.path, self.sites, self.probes, self.sample_ids)
+            with self._storing():
+                self._start_probes(h5)
         missing = sorted(set(range(len(self.groups))) - self._stats.keys())
         if missing:
             raise FormatError(

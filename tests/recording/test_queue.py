@@ -95,7 +95,7 @@ def test_an_error_of_the_writer_reaches_the_caller_with_type_and_message() -> No
             raise SiteError("site 7 is broken")
 
     consumed = threading.Event()
-    with pytest.raises(SiteError, match="site 7 is broken"), WriteQueue(consume) as queue:
+    with pytest.raises(SiteError, match="site 7 is broken"), WriteQueue(consume) as queue:  # noqa: PT012 - the error must strike inside the block
         for number in range(1000):
             queue.put(number, 1)
         consumed.set()
@@ -119,7 +119,7 @@ def test_leaving_by_an_exception_discards_what_waits_and_ends_the_thread(error: 
         seen.append(item)
 
     queue = WriteQueue(consume)
-    with pytest.raises(error, match="stop"), queue:
+    with pytest.raises(error, match="stop"), queue:  # noqa: PT012 - the error must strike inside the block
         queue.put(0, 1)
         while queue._waiting:
             pass
