@@ -180,7 +180,7 @@ def record_probes(
             opened.enter_context(writer)
 
         ranks.step(f"opening {out}", start if ranks.main else _nothing)
-        with inference(root, target), skipping, forward_context(model):
+        with inference(model, target), skipping, forward_context(model):
             observer = Observer(sites, reference)
             overhead = _measure(root, observer, plan, overhead_batches)
             sink = Sink(observer, plan.probes.tasks, writer) if ranks.main else None
@@ -245,18 +245,19 @@ def recording_settings(
 
 
 @contextmanager
-def inference(root: nn.Module, device: torch.device) -> Iterator[None]:
+def inference(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation and inference mode on ``device``; the training mode of every module is restored at the end."""
-    root.to(device)
-    training = [module for module in root.modules() if module.training]
-    root.eval()
+    model.to(device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     # Saturated gates give denormal products, which slow some CPUs down; training does the same.
+    flushed = float(torch.tensor(2.0**-126) * 0.5) == 0.0
     torch.set_flush_denormal(True)
     try:
         with torch.inference_mode():
             yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
         for module in training:
             module.training = True
 

@@ -273,6 +273,17 @@ def test_x_lora_is_observed_in_its_real_pass_when_the_hooks_were_there_first() -
             assert torch.equal(value, outside[name][part]), (name, part)
 
 
+def test_x_loras_classifier_drops_nothing_while_it_is_recorded(tmp_path: Path) -> None:
+    model = xlora(xlora_depth=2, xlora_size=8, xlora_dropout_p=0.5)
+    recorded(model, tmp_path / "eval.h5")
+    model.train()
+    recorded(model, tmp_path / "train.h5")
+    assert model.base_model.internal_xlora_classifier.training
+    with open_recording(tmp_path / "eval.h5") as one, open_recording(tmp_path / "train.h5") as two:
+        for site in one.sites:
+            assert (one.gate(site.name, "first") == two.gate(site.name, "first")).all()
+
+
 def test_x_lora_without_its_classifiers_scalings_is_refused() -> None:
     model = xlora()
     with pytest.raises(SiteError, match="without the scalings"):
