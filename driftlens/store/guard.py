@@ -65,7 +65,9 @@ class GuardedFile:
 
     def close(self) -> None:
         """Close the file; arrays that were not read yet become unreadable."""
-        self._file.close()
+        # Nothing was written. A damaged file may have objects that HDF5 cannot let go of.
+        with contextlib.suppress(RuntimeError):
+            self._file.close()
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[None]:
