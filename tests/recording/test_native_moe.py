@@ -21,11 +21,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from typer.testing import CliRunner
 
 from driftlens.cli.main import app
-from driftlens.recording import Hooks, find_sites
+from driftlens.errors import ConfigError
+from driftlens.recording import Hooks, find_sites, record_checkpoint
 from driftlens.recording.families.native_gates import ROUTERS
 from driftlens.recording.families.native_moe import NativeMoEFamily, declared_routers, router_kind
 from driftlens.recording.sites import Site
+from driftlens.store import open_recording, verify_recording
 from driftlens.store.schema import GATE_SUM_TOLERANCE
+from tests.recording.families.suite import probes, token_ids
 from tests.recording.tiny_moe import MODELS, NLLB, NOT_ROUTED, TinyMoE, build, calls, inputs, really_used
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +179,7 @@ def test_every_router_class_of_the_table_is_met_by_a_model() -> None:
     met = {
         type(module).__name__ for tiny in MODELS for module in built(tiny.model_type).modules() if router_kind(module)
     }
+    # declared by a model class of transformers, and built by none
     assert met | {"Qwen3OmniMoeTextTopKRouter"} == set(ROUTERS)
 
 
@@ -245,7 +249,22 @@ def test_an_adapted_router_is_read_as_it_routes(how: dict[str, Any]) -> None:
         assert not torch.allclose(values["gate"], seen[name]["gate"], atol=1e-3)
 
 
-def test_sites_are_listed_for_a_saved_model(tmp_path: Path) -> None:
+def test_a_moe_language_model_inside_an_image_text_model_is_found() -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text: Any = built("mixtral").config
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    sites, fed = find_sites(model), inputs(model)
+    assert [site.info.name for site in sites] == [f"model.language_model.layers.{i}.mlp" for i in (0, 1)]
+    assert [site.info.layer for site in sites] == [0, 1]
+    seen, truth = observe(model, sites, fed), really_used(model, fed)
+    for name, values in seen.items():
+        torch.testing.assert_close(values["gate"], truth[name][:, :8], rtol=0, atol=1e-6)
+
+
+def _saved(tmp_path: Path) -> nn.Module:
     model: Any = build(BY_TYPE["mixtral"])
     model.save_pretrained(tmp_path)
     words = {f"w{i}": i for i in range(61)} | {"<pad>": 61, "<s>": 62, "<unk>": 63}
@@ -254,12 +273,38 @@ def test_sites_are_listed_for_a_saved_model(tmp_path: Path) -> None:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<s>", unk_token="<unk>"
     ).save_pretrained(tmp_path)
+    saved: nn.Module = model
+    return saved
+
+
+def test_sites_are_listed_for_a_saved_model(tmp_path: Path) -> None:
+    model = _saved(tmp_path)
     result = CliRunner().invoke(app, ["sites", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [row["name"] for row in rows] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert {(row["gate"], row["top_k"], row["num_experts"]) for row in rows} == {("softmax, top-k, renormalised", 2, 8)}
     assert {site.info.family for site in find_sites(model)} == {"native-moe"}
+
+
+def test_a_saved_model_is_recorded_as_a_checkpoint(tmp_path: Path) -> None:
+    model = _saved(tmp_path / "model")
+    summary = record_checkpoint(tmp_path / "model", probes=probes(), out=tmp_path / "x.h5")
+    assert (summary.sites, verify_recording(tmp_path / "x.h5")) == (2, [])
+    with open_recording(tmp_path / "x.h5") as recording:
+        used = really_used(model, {"input_ids": token_ids(probes().task("first")[0])})
+        gate = recording.gate("model.layers.1.mlp", "first")[:7]
+        torch.testing.assert_close(torch.tensor(gate), used["model.layers.1.mlp"][:, :8], rtol=0, atol=1e-3)
+        router: Any = model.get_submodule("model.layers.1.mlp.gate")
+        stored = recording.weights("model.layers.1.mlp")
+        assert stored["A"] is None
+        torch.testing.assert_close(torch.tensor(stored["router"]), router.weight.detach())
+
+
+def test_a_whole_model_takes_no_base_model(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    with pytest.raises(ConfigError, match="holds a whole model, not an adapter"):
+        record_checkpoint(tmp_path, base="tiny-random", probes=probes(), out=tmp_path / "x.h5")
 
 
 def test_the_committed_table_is_what_the_code_finds() -> None:
