@@ -15,19 +15,20 @@ import pandas as pd
 from jaxtyping import Float
 
 from driftlens.errors import ConfigError, FormatError
-from driftlens.metrics.arrays import FloatArray, as_float, mean_defined
-from driftlens.metrics.importance import rank_update
-from driftlens.metrics.subspaces import orthonormal_rows, pair_from_bases
-from driftlens.metrics.updates import (
+from driftlens.metrics import (
+    WEIGHT_MEASURES,
     effective_rank,
     numerical_rank,
+    orthonormal_rows,
+    pair_from_bases,
+    rank_update,
     row_drift,
     silent_experts,
     update_change,
     update_norm,
     update_spectrum,
 )
-from driftlens.metrics.weight_definitions import WEIGHT_MEASURES
+from driftlens.metrics.arrays import FloatArray, as_float, mean_defined
 from driftlens.store import SiteInfo
 
 __all__ = [

@@ -88,6 +88,17 @@ from driftlens.metrics.subspaces import (
     whitening,
 )
 from driftlens.metrics.undefined import Measured, Reason
+from driftlens.metrics.updates import (
+    RowDrift,
+    UpdateChange,
+    effective_rank,
+    numerical_rank,
+    row_drift,
+    silent_experts,
+    update_change,
+    update_norm,
+    update_spectrum,
+)
 from driftlens.metrics.usage import (
     NEAR_UNIFORM_ENTROPY,
     coactivation,
@@ -101,11 +112,13 @@ from driftlens.metrics.usage import (
     normalised_entropy,
     specialisation,
 )
+from driftlens.metrics.weight_definitions import WEIGHT_MEASURES
 
 __all__ = [
     "MEASURES",
     "NEAR_UNIFORM_ENTROPY",
     "RANK_TOLERANCE",
+    "WEIGHT_MEASURES",
     "Basis",
     "CoDrift",
     "CoDriftTokens",
@@ -121,9 +134,11 @@ __all__ = [
     "Reason",
     "ResponsibilityDrift",
     "ResponsibilityTokens",
+    "RowDrift",
     "SubspacePair",
     "Top1Switch",
     "TopKOverlap",
+    "UpdateChange",
     "Whitening",
     "active_overlap",
     "active_rank",
@@ -142,6 +157,7 @@ __all__ = [
     "codrift_from_grams",
     "dead_experts",
     "drift_origin",
+    "effective_rank",
     "exceeds_noise",
     "expert_blocks",
     "expert_drift",
@@ -160,6 +176,7 @@ __all__ = [
     "mass_moved_tokens",
     "near_uniform",
     "normalised_entropy",
+    "numerical_rank",
     "orthonormal_rows",
     "output_overlap",
     "pair_from_bases",
@@ -178,8 +195,10 @@ __all__ = [
     "responsibility_tokens",
     "router_js",
     "router_js_distance",
+    "row_drift",
     "sample_js",
     "sample_means",
+    "silent_experts",
     "spearman",
     "specialisation",
     "stream_scores",
@@ -188,5 +207,8 @@ __all__ = [
     "top1_switch",
     "topk_mask",
     "topk_overlap",
+    "update_change",
+    "update_norm",
+    "update_spectrum",
     "whitening",
 ]

@@ -343,3 +343,49 @@ def test_ranks_of_our_adapters_must_fit_their_experts(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="12 pathways cannot be cut into num_experts=5"):
         FactorFolder(tmp_path)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 18
+
+
+def test_a_recording_of_the_same_run_gives_the_same_numbers(tmp_path: Path) -> None:
+    from driftlens.analysis import table
+    from driftlens.recording import record_run
+    from driftlens.training import train_run
+    from tests.training.support import tiny_config
+
+    train_run(tiny_config(method={"name": "moe-lora"}, training={"steps_per_task": 2}), tmp_path / "run")
+    record_run(tmp_path / "run", noise_floor=False)
+    names = ["subspace_overlap", "subspace_overlap_adjusted", "grassmann_distance", "output_overlap"]
+    names += ["rank_update_a", "rank_update_b"]
+    long = table(dl.open(tmp_path / "run"), "site", names)
+    keys = ["probe", "checkpoint_name", "site"]
+    recorded = long[long["old"]].pivot(index=keys, columns="metric", values="value")
+    weights = dl.weight_drift(tmp_path / "run").set_index(["task", "checkpoint", "site"])
+    assert len(weights) == len(recorded) == 3 * 6
+    for name in names:
+        both = weights[name].rename_axis(keys).to_frame().join(recorded[name], rsuffix="_recorded")
+        np.testing.assert_allclose(both[name], both[f"{name}_recorded"], atol=1e-6, err_msg=name)
+
+
+def test_adapters_with_names_are_experts_of_one_site(tmp_path: Path) -> None:
+    prefix = "base_model.model.layers.0.q_proj"
+    tensors = {f"{prefix}.lora_A.{name}.weight": torch.rand(2, 8) for name in ("blue", "red")}
+    tensors |= {f"{prefix}.lora_B.{name}.weight": torch.rand(6, 2) for name in ("blue", "red")}
+    save(tmp_path / "a", tensors, peft_type="LORA", r=2, lora_alpha=6)
+    folder = FactorFolder(tmp_path / "a")
+    assert (folder.sites[0].num_experts, folder.sites[0].rank, folder.sites[0].scaling) == (2, 2, 3.0)
+    expected = 3.0 * tensors[f"{prefix}.lora_B.red.weight"] @ tensors[f"{prefix}.lora_A.red.weight"]
+    np.testing.assert_allclose(delta(folder.read([0]))[1], expected.numpy(), rtol=1e-5)
+
+
+def test_convolutions_count_with_their_kernels_flattened(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = get_peft_model(Net(), LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["conv"]))
+    model.save_pretrained(tmp_path)
+    expected = model.base_model.model.conv.get_delta_weight("default").detach().numpy().reshape(5, -1)
+    np.testing.assert_allclose(delta(FactorFolder(tmp_path).read([0]))[0], expected, rtol=1e-4, atol=1e-6)
