@@ -6,12 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 from transformers import (
@@ -33,6 +35,9 @@ from driftlens.backbones.vision import register_tower
 from driftlens.errors import ConfigError, FormatError, NotFoundError, SiteError
 
 __all__ = ["DTYPES", "Backbone", "decoder_layers", "load_backbone", "load_projector"]
+
+_NO_CODE: Final = {"trust_remote_code": False}
+"""Said outright, because transformers otherwise asks at a terminal whether to run the code that a folder names."""
 
 _ANSWER_ROOM = 64
 """Tokens of a foreign model's context that are left for template and answer."""
@@ -192,8 +197,8 @@ def _into_memory(model: nn.Module) -> None:
 def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
     register_tower()  # a saved copy of the built-in model is a local folder like any other
     try:
-        config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base) if _has_tokenizer(base) else None
+        config = AutoConfig.from_pretrained(base, **_NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(base, **_NO_CODE) if _has_tokenizer(base) else None
     except (OSError, ValueError) as error:
         raise NotFoundError(
             f"The base model {base!r} cannot be loaded: {_first_line(error)} Give 'builtin', 'tiny-random', a hub id, "
@@ -203,10 +208,15 @@ def _load_foreign(base: str, dtype: torch.dtype) -> Backbone:
         if hasattr(config, "vision_config"):
             model, encoder = _vision_language(base, config, tokenizer, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_NO_CODE)
             encoder = None if tokenizer is None else Encoder(tokenizer, max_prompt_tokens=_room(config))
     except (OSError, ValueError) as error:
         raise NotFoundError(f"The weights of {base!r} cannot be loaded: {_first_line(error)}") from error
+    except (RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise FormatError(
+            f"The weights of {base!r} are damaged, belong to another model, or hold code, which is never run "
+            f"({type(error).__name__}: {_first_line(error)}). Restore them, or save the model again as safetensors."
+        ) from error
     return Backbone(base, _hash_weights(base, model), model, encoder)
 
 
@@ -220,7 +230,7 @@ def _vision_language(
     base: str, config: Any, tokenizer: Any, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Encoder | None]:
     if tokenizer is None:
-        return AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), None
+        return AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **_NO_CODE), None
     image_token = getattr(config, "image_token_id", None)
     length = getattr(config, "image_seq_length", None)
     if image_token is None or length is None:
@@ -228,13 +238,13 @@ def _vision_language(
             f"The base model {base!r} ({config.model_type}) does not say how many tokens an image takes "
             "(image_token_id and image_seq_length in its config). Use a model in transformers' LLaVA layout."
         )
-    processor = AutoImageProcessor.from_pretrained(base)
+    processor = AutoImageProcessor.from_pretrained(base, **_NO_CODE)
 
     def transform(image: Image.Image) -> NDArray[np.float32]:
         pixels = processor(images=image.convert("RGB"), return_tensors="np")["pixel_values"]
         return np.asarray(pixels[0], np.float32)
 
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **_NO_CODE)
     made: ImageTransform = transform
     return model, Encoder(tokenizer, int(image_token), int(length), made, max_prompt_tokens=_room(config))
 

@@ -39,7 +39,7 @@ def skeleton(base: str) -> nn.Module:
         config = LlavaConfig.from_dict(json.loads(text))
     else:
         try:
-            config = AutoConfig.from_pretrained(base)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise NotFoundError(f"The base model {base!r} has no readable configuration: {error}") from error
     factory: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM

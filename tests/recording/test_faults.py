@@ -25,9 +25,16 @@ from peft import PeftModel
 from torch import nn
 
 from driftlens.adapters import iter_sites
-from driftlens.backbones import Backbone
+from driftlens.backbones import Backbone, load_backbone
 from driftlens.cli.main import main
-from driftlens.errors import FormatError, LockedError, NotFoundError, ProbeError, SiteError, StorageError
+from driftlens.errors import (
+    FormatError,
+    LockedError,
+    NotFoundError,
+    ProbeError,
+    SiteError,
+    StorageError,
+)
 from driftlens.recording import (
     Hooks,
     count_hooks,
@@ -335,6 +342,24 @@ def test_a_pickle_in_a_checkpoint_is_never_run(run: Path, tmp_path: Path, beside
         with pytest.raises((NotFoundError, FormatError)):
             record_checkpoint(folder, **options)  # type: ignore[arg-type]
         assert not (tmp_path / "x.h5").exists()
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_code_in_the_folder_of_a_whole_model_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    folder, proof = tmp_path / "model", tmp_path / "was-run"
+    folder.mkdir()
+    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(proof)!r}).touch()\nclass Config: ...\n")
+    torch.save({"w": Payload(proof)}, folder / weights)
+    tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks whether to run what a folder names
+    for kind, error in (("own_kind", NotFoundError), ("llama", FormatError)):
+        (folder / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": names, **tiny}))
+        with pytest.raises(error):
+            load_backbone(str(folder))
     assert not proof.exists()
 
 
