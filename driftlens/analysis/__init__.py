@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from driftlens.analysis.inputs import token_table_hash
     from driftlens.analysis.listing import RunEntry, list_runs
     from driftlens.analysis.pairs import Pair, PairGrams, Pass
+    from driftlens.analysis.reference import reference_drift
     from driftlens.analysis.run import Checkpoint, Run, open_run
     from driftlens.analysis.thin import thin_run
 
@@ -34,6 +35,7 @@ __all__ = [
     "list_runs",
     "metric_names",
     "open_run",
+    "reference_drift",
     "summarise",
     "table",
     "thin_run",
@@ -56,6 +58,7 @@ _HOMES = {
     "Pair": "pairs",
     "PairGrams": "pairs",
     "Pass": "pairs",
+    "reference_drift": "reference",
     "Checkpoint": "run",
     "Run": "run",
     "open_run": "run",

@@ -147,10 +147,11 @@ def block_rows(recording: Recording, block: Block) -> Iterator[tuple[int, NDArra
         yield index, np.array(rows), np.array(positions)
 
 
-def read_pass(recording: Recording, probe: str, block: Block) -> Pass:
+def read_pass(recording: Recording, probe: str, block: Block, *, reference: bool = False) -> Pass:
     """Read the stored tokens of one probe for a block of sites.
 
-    Sites and experts that did not exist at this checkpoint have gate 0 and output 0.
+    Sites and experts that did not exist at this checkpoint have gate 0 and output 0. With ``reference`` it is what the
+    reference's parameters made of the same inputs.
     """
     tokens = recording.token_slice(probe)
     sites, count = len(block.sites), tokens.stop - tokens.start
@@ -160,6 +161,8 @@ def read_pass(recording: Recording, probe: str, block: Block) -> Pass:
     base = np.full(shape[:2], np.nan, dtype=np.float32)
     for index, rows, positions in block_rows(recording, block):
         group = recording.groups[index]
+        if reference and group.reference is not None:
+            group = group.reference
         # Sites of a block are neighbours in their group: one contiguous read, then a selection in memory.
         span, local = slice(int(rows.min()), int(rows.max()) + 1), rows - rows.min()
         gate[positions, :, : group.num_experts] = group.gate[span, tokens][local]
