@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,19 @@ from torch import Tensor, nn
 
 from driftlens.adapters import MoELoraConfig, iter_sites
 from driftlens.backbones import collate, load_backbone
+from driftlens.cli.main import main
 from driftlens.errors import FormatError, NotFoundError, SiteError
 from driftlens.metrics import codrift_from_grams, drift_origin, expert_drift
-from driftlens.recording import HookPoint, Hooks, Site, SiteWeights, count_hooks, find_sites, record_checkpoint
+from driftlens.recording import (
+    HookPoint,
+    Hooks,
+    Site,
+    SiteWeights,
+    count_hooks,
+    find_sites,
+    record_checkpoint,
+    write_probes,
+)
 from driftlens.recording.checkpoints import ADAPTER_WEIGHTS, load_checkpoint
 from driftlens.recording.observer import Observer
 from driftlens.recording.reference import Reference, load_reference, match_sites, reference_grams
@@ -311,6 +322,26 @@ def test_plain_peft_lora_has_a_reference_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(mine, own, rtol=2e-3, atol=1e-3)
     assert np.abs(mine - group.read("pathway", "parity")[s]).max() > 0.01
     assert (inner(group).gate[...] == 1).all()
+
+
+def test_the_command_line_takes_a_reference_for_one_checkpoint_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_probes(toy_probes(2), tmp_path / "probes")
+    anchor, out = folder / "01-parity", tmp_path / "x.h5"
+    call = ["driftlens", "record", "--reference", str(anchor), "--quiet", "--json"]
+    one = ["--ckpt", str(folder / "02-digit"), "--base", "tiny-random", "--probes", str(tmp_path / "probes")]
+    monkeypatch.setattr(sys, "argv", [*call, *one, "--out", str(out)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code, capsys.readouterr().err
+    with open_recording(out) as recording:
+        assert recording.meta["reference"] == "01-parity"
+    monkeypatch.setattr(sys, "argv", [*call, "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code
+    assert "--reference belongs to --ckpt" in " ".join(capsys.readouterr().err.split())
 
 
 # --- sites of other kinds, by hand -----------------------------------------------------------------------------------
