@@ -179,6 +179,12 @@ def test_experts_without_a_gate_or_transposed_give_what_the_adapter_adds(kind: s
     torch.testing.assert_close(values["base_norm"], off.norm(dim=-1), rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_that_were_added_without_a_peft_wrapper_are_found() -> None:
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS))
+    assert [site.info for site in find_sites(model)] == [site.info for site in find_sites(lora())]
+
+
 def test_both_kinds_of_lora_in_one_model_are_both_found() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
