@@ -13,13 +13,24 @@ if TYPE_CHECKING:
     from driftlens import figures
     from driftlens.analysis import Run, compare
     from driftlens.analysis import open_run as open  # noqa: A004 - `dl.open(path)` is the documented name
-    from driftlens.recording import record
+    from driftlens.recording import RecordCallback, record
     from driftlens.recording.weight_drift import weight_drift
     from driftlens.store import Recording, open_recording
 
 __version__ = "0.1.0"
 
-__all__ = ["Recording", "Run", "__version__", "compare", "figures", "open", "open_recording", "record", "weight_drift"]
+__all__ = [
+    "RecordCallback",
+    "Recording",
+    "Run",
+    "__version__",
+    "compare",
+    "figures",
+    "open",
+    "open_recording",
+    "record",
+    "weight_drift",
+]
 
 _HOMES = {
     "Recording": ("driftlens.store", "Recording"),
@@ -27,6 +38,7 @@ _HOMES = {
     "compare": ("driftlens.analysis", "compare"),
     "open": ("driftlens.analysis", "open_run"),
     "open_recording": ("driftlens.store", "open_recording"),
+    "RecordCallback": ("driftlens.recording", "RecordCallback"),
     "record": ("driftlens.recording", "record"),
     "weight_drift": ("driftlens.recording.weight_drift", "weight_drift"),
 }

@@ -1,13 +1,14 @@
 """Recording: observing gates and pathways of a model on fixed probes, one file per checkpoint.
 
-``record`` observes a model that is already there, on probes or in the caller's own forwards, ``RecordCallback`` one that
-`transformers.Trainer` trains, ``record_checkpoint`` loads an adapter folder first, and ``record_run`` works through all
-checkpoints of a run. What can be observed is decided by site families (``SITE_FAMILIES``), what it is observed on by a
-``ProbeSet``.
+``record`` observes a model that is already there, on probes or in the caller's own forwards, ``RecordCallback`` one
+that `transformers.Trainer` trains, ``record_checkpoint`` loads an adapter folder first, and ``record_run`` works
+through all checkpoints of a run. What can be observed is decided by site families (``SITE_FAMILIES``), what it is
+observed on by a ``ProbeSet``.
 """
 
 from driftlens.recording.accumulators import ProbeSums, batch_sums
 from driftlens.recording.batches import ProbePrefix
+from driftlens.recording.callback import RecordCallback
 from driftlens.recording.checkpoints import LoadedCheckpoint, load_checkpoint
 from driftlens.recording.families import MoELoraFamily
 from driftlens.recording.hooks import HookPoint, Hooks, count_hooks
@@ -30,6 +31,7 @@ __all__ = [
     "ProbeSet",
     "ProbeSums",
     "Progress",
+    "RecordCallback",
     "RecordingSummary",
     "Site",
     "SiteFamily",

@@ -172,6 +172,7 @@ class LiveRecording:
             sample_ids={},
             meta={**environment(first.dtype, first.device), **self._settings, **self._meta},
             overwrite=self._overwrite,
+            grows=True,
         )
         self._sink = Sink(self._observer, (), self._writer)
         with ExitStack() as stack:

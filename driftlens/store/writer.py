@@ -55,7 +55,7 @@ class RecordingWriter:
     Args:
         path: final name of the recording.
         sites: all sites in model order; `group_sites` tells how they are grouped.
-        probes: names of the probes (tasks) in order; empty if they come up as it goes, see `grow`.
+        probes: names of the probes (tasks) in order.
         sample_ids: for every probe the ids of its samples in order.
         meta: attributes of the recording (checkpoint, base, hashes, versions, ...): text, numbers, lists, dicts.
         n_tokens: how many token rows will be appended in all, if known: the disk is asked beforehand and the number
@@ -63,6 +63,7 @@ class RecordingWriter:
         reference: whether an anchor answered to the same inputs: values and sums then come with its own beside them
             (``reference/NAME``), and `set_reference_grams` is called for every group.
         overwrite: True replaces an existing recording at the end; False refuses at once.
+        grows: True if probes and samples come up as it goes, see `grow`.
 
     Raises:
         FormatError: sites, probes or ids that cannot be stored.
@@ -81,6 +82,7 @@ class RecordingWriter:
         n_tokens: int | None = None,
         reference: bool = False,
         overwrite: bool = False,
+        grows: bool = False,
     ) -> None:
         self.path = Path(path)
         self.sites, self.probes, self.n_tokens, self.overwrite = list(sites), list(probes), n_tokens, overwrite
@@ -88,8 +90,8 @@ class RecordingWriter:
         self.sample_ids = {probe: list(sample_ids.get(probe, ())) for probe in self.probes}
         self.reference = reference
         self._meta = dict(meta)
-        self._grows = not self.probes
-        if not self._grows:
+        self._grows = grows
+        if not grows:
             check_names(self.path, self.sites, self.probes, sample_ids)
         self._stats: dict[int, dict[str, NDArray[Any]]] = {}
         self._grams: Grams | None = None

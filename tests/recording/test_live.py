@@ -189,7 +189,7 @@ def test_a_cache_that_was_filled_before_is_refused(tiny: tuple[Backbone, PeftMod
     _, model = tiny
     cache = model(input_ids=IDS, use_cache=True).past_key_values
     with (
-        pytest.raises(SiteError, match="continues a key-value cache of 2 rows of 5 tokens.*left none"),
+        pytest.raises(SiteError, match=r"continues a key-value cache of 2 rows of 5 tokens.*left none"),
         dl.record(model, out=tmp_path / "x.h5"),
     ):
         model(input_ids=IDS[:, :1], past_key_values=cache)
@@ -228,7 +228,7 @@ def test_probes_follow_one_another_with_running_samples(tiny: tuple[Backbone, Pe
         model(input_ids=IDS + 1)
         rec.probe("b")
         model(input_ids=IDS[:1])
-        with pytest.raises(ConfigError, match="probe 'a' of .* ended when 'b' began"):
+        with pytest.raises(ConfigError, match=r"probe 'a' of .* ended when 'b' began"):
             rec.probe("a")
     recording = opened(tmp_path / "x.h5")
     assert recording.probes == ["a", "b"]
@@ -320,7 +320,7 @@ def test_dropping_is_counted_and_never_happens_unasked(
 
 def test_a_batch_above_the_memory_cap_is_refused(tiny: tuple[Backbone, PeftModel], tmp_path: Path) -> None:
     with (
-        pytest.raises(ConfigError, match="max_buffer_mb allows 0.0 MB"),
+        pytest.raises(ConfigError, match=r"max_buffer_mb allows 0\.0 MB"),
         dl.record(tiny[1], out=tmp_path / "x.h5", max_buffer_mb=0.001),
     ):
         tiny[1](input_ids=IDS)
