@@ -36,6 +36,7 @@ from driftlens.store import Group, Recording, ReferenceGroup, SiteInfo, open_rec
 from tests.adapters.loop import reference_gate
 
 from .support import TARGETS, assert_same_rows, datasets, shake, toy_probes
+from .test_observer import SYNCHRONISING, Spy
 
 E, R = 3, 4
 Truth = dict[str, dict[str, np.ndarray]]
@@ -225,10 +226,11 @@ def test_outputs_stay_bit_equal_and_no_input_is_kept(folder: Path) -> None:
             observer.on_fire(index, args, output)
             widths.update(value.shape[-1] for seen in observer._seen for value in seen.values() if value.dim() > 1)
 
-        with Hooks(root, observer.points, on_fire, observer.on_pass):
+        with Spy() as spy, Hooks(root, observer.points, on_fire, observer.on_pass):
             watched = root(**batch).logits
     assert torch.equal(watched, bare)
     assert widths == {E, R}, "only gates and pathways are kept from a site"
+    assert [name for name in spy.calls if name.startswith(SYNCHRONISING)] == [], "no hook makes the host wait"
     assert count_hooks(root) == 0
     assert loaded.model.active_adapter == "default"
     (group,) = observer.take()
