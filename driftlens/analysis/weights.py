@@ -366,6 +366,15 @@ def _joined(parts: Sequence[dict[str, np.ndarray]]) -> pd.DataFrame:
     """Join blocks to one table; NaN where a block has no such column (sites without a router among others)."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     rows = [len(part["position"]) for part in parts]
+    for part in parts:
+        absent = [
+            f"{name}: {WEIGHT_MEASURES[name].undefined}"
+            for name in names
+            if name not in part
+            if name in WEIGHT_MEASURES
+        ]
+        for reasons in part["undefined"]:
+            reasons.extend(absent)
     columns = {
         name: np.concatenate([part.get(name, np.full(n, np.nan)) for part, n in zip(parts, rows, strict=True)])
         for name in names

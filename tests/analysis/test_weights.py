@@ -263,6 +263,25 @@ def test_magnitudes_of_dora_are_compared() -> None:
     np.testing.assert_allclose(table(old, new)["magnitude_change"], 0.25, rtol=1e-12)
 
 
+def test_sites_without_a_router_among_others_have_undefined_router_drift() -> None:
+    def joined(name: str, seed: int) -> Source:
+        item, bare = source(name, seed), source(name, seed)
+        item.sites, item.extras = item.sites[:2] + bare.sites[2:], [(E, 0), (E, 0), (0, 0)]
+        whole = item.read
+
+        def read(positions: Sequence[int]) -> Factors:
+            found = whole(positions)
+            return found if 2 not in positions else Factors(found.a, found.b, found.scaling)
+
+        item.read = read  # type: ignore[method-assign]
+        return item
+
+    frame = table(joined("old", 0), joined("new", 5))
+    assert frame["router_change"].isna().tolist() == [False, False, True]
+    assert frame["undefined"][0] == []
+    assert any(text.startswith("router_change: the site has no router") for text in frame["undefined"][2])
+
+
 def test_other_semantics_are_pointed_out() -> None:
     frame = table(source(semantics="product_of_sums"), source("new", 5, semantics="product_of_sums"))
     assert any("cross terms" in note for note in frame.attrs["notes"])
