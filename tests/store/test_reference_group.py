@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -233,3 +234,42 @@ def test_a_link_in_place_of_the_reference_is_not_followed(tmp_path: Path) -> Non
         pytest.raises(FormatError, match="/group_0/reference/gate is an external link"),
     ):
         recording.groups[0].reference.gate  # type: ignore[union-attr]  # noqa: B018
+
+
+def everything(path: Path) -> list[bytes]:
+    found: list[bytes] = []
+    with open_recording(path) as recording:
+        for group in recording.groups:
+            seen = group.reference
+            found.append(b"no reference" if seen is None else b"reference")
+            if seen is None:
+                continue
+            for probe in recording.probes:
+                found += [seen.read(name, probe).tobytes() for name in ("gate", "pathway", "expert_norm", "base_norm")]
+            found += [array.tobytes() for array in seen.stats.values()]
+            found += [array[...].tobytes() for array in (seen.grams or {}).values()]
+    return found
+
+
+def test_no_flipped_byte_changes_a_number_silently(tmp_path: Path) -> None:
+    c, grams = with_reference((3, 2))
+    path = write(tmp_path / "a.h5", c, grams)
+    good, content = path.read_bytes(), everything(path)
+    with h5py.File(path) as file:
+        inside = [
+            file[f"group_0/reference/{name}"].id.get_chunk_info(0).byte_offset
+            for name in ("gate", "pathway", "stats/drift_sq", "grams/cross")
+        ]
+    rng = random.Random(0)
+    for position in [offset + 14 for offset in inside] + [rng.randrange(len(good)) for _ in range(60)]:
+        data = bytearray(good)
+        data[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        if position - 14 in inside:
+            with pytest.raises(FormatError, match="reference"):
+                everything(path)
+            continue
+        try:
+            assert everything(path) == content, position
+        except FormatError:
+            assert verify_recording(path), position
