@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,10 @@ def load_checkpoint(
         whole = load_backbone(str(folder), device=device)
         return LoadedCheckpoint(folder, whole.sha256, whole, whole.model)
     digest = checkpoint_sha256(folder)
-    foreign = looks_foreign(folder)
-    config = read_config(folder, any_type=foreign)
+    config = read_config(folder, any_type=True)
+    foreign = _is_foreign(folder, config)
     if not foreign:
+        read_config(folder)
         _check_peft(folder, semantics is not None or expert_weights is not None)
     if backbone is None:
         name = base if base is not None else config.get("base_model_name_or_path")
@@ -190,6 +191,19 @@ def _check_folder(folder: Path) -> str:
     return weights
 
 
+def _is_foreign(folder: Path, config: Mapping[str, Any]) -> bool:
+    try:
+        return looks_foreign(folder)
+    except FormatError:
+        if config.get("peft_type") in _peft_types():
+            return False  # PEFT's own loading says what is wrong
+        raise
+
+
+def _peft_types() -> list[str]:
+    return sorted(getattr(name, "value", str(name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
 def _check_peft(folder: Path, has_options: bool) -> None:
     if has_options:
         raise ConfigError(
@@ -198,8 +212,8 @@ def _check_peft(folder: Path, has_options: bool) -> None:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise NotFoundError(
-            f"{folder} has no {ADAPTER_WEIGHTS}; {_PICKLED_WEIGHTS} is read for CoIN, MCITlib and Prism alone. Save "
-            "the adapter with PEFT's save_pretrained(safe_serialization=True)."
+            f"{folder} is not a checkpoint of PEFT that can be read: it has no {ADAPTER_WEIGHTS}. {_PICKLED_WEIGHTS} "
+            "is read for CoIN, MCITlib and Prism alone; save the adapter anew with PEFT's save_pretrained."
         )
 
 
@@ -235,7 +249,7 @@ def read_config(folder: Path, *, any_type: bool = False) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold an object; found {type(config).__name__}. Save the checkpoint again.")
     kind = config.get("peft_type")
-    known = sorted(getattr(name, "value", str(name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+    known = _peft_types()
     if kind not in known and not any_type:
         guess = nearest_name(str(kind), known)
         hint = f" Did you mean {guess!r}?" if guess else ""

@@ -104,6 +104,22 @@ def test_slot_select_is_the_current_slot_alone(tmp_path: Path) -> None:
     assert gate.tolist() == [[0.0, 1.0, 0.0]] * 2
 
 
+def test_a_mask_given_by_position_counts_too(tmp_path: Path) -> None:
+    write(tmp_path / "c", LAYOUTS["Prism SAME"])
+    model, padded = load(tmp_path / "c").model, torch.cat([torch.zeros(1, 3, dtype=torch.long), ids()], 1)
+    mask = (torch.arange(12) > 2).long()[None]
+    with torch.no_grad():
+        assert torch.equal(model(padded, mask).logits, model(input_ids=padded, attention_mask=mask).logits)
+        assert not torch.equal(model(padded, mask).logits, model(padded).logits)
+
+
+def test_weights_in_bfloat16_take_the_type_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "c", LAYOUTS["MCITlib MoELoRA"])
+    _tensors(lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))(tmp_path / "c")
+    with torch.no_grad():
+        assert load(tmp_path / "c").model(input_ids=ids()).logits.dtype == torch.float32
+
+
 # ---------------------------------------------------------------- semantics
 
 
@@ -411,7 +427,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[DriftLensError], str]] = 
     "trained parts that are not known": (
         lambda f: torch.save({"model.embed_tokens.weight": torch.ones(2, 2)}, f / "non_lora_trainables.bin"),
         FormatError,
-        "embed_tokens.weight outside the adapter, which is not understood",
+        "embed_tokens.weight, which is not understood",
     ),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), NotFoundError, "has no adapter_config.json"),
     "no weights": (lambda f: (f / "adapter_model.bin").unlink(), NotFoundError, "it has no adapter_model"),

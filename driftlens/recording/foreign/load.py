@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -280,8 +281,10 @@ def _projector(model: nn.Module, folder: Path, state: ForeignState) -> dict[str,
 
 
 def _mask_reader(model: nn.Module, padding: Padding) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
+    names = list(inspect.signature(model.forward).parameters)
+
     def read(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
         padding.mask = mask if isinstance(mask, Tensor) else None
 
     return read

@@ -16,6 +16,7 @@ disco              sum_e w_e B_e A_e h in every layer                   MCITlib 
 slot_select        B_c A_c h, c = cur_task                              the training forward of HiDe, O-LoRA and DISCO
 =================  ===================================================  ==============================================
 
+The last decoder layer is number 31 in MCITlib, which knows LLaMA-7B alone; here it is the last one of any base.
 w compares CLIP features of a sample with stored prototypes, see `driftlens.recording.foreign.state`.
 """
 

@@ -28,7 +28,8 @@ from driftlens.recording.foreign.tensors import plain_key
 
 __all__ = ["STATE_FILES", "ForeignState", "prototype_weights", "read_state"]
 
-STATE_FILES: Final = ("non_lora_trainables.bin", "same_state.bin", "hide_state.pt", "disco_state.pt")
+TRAINED_FILE: Final = "non_lora_trainables.bin"
+STATE_FILES: Final = (TRAINED_FILE, "same_state.bin", "hide_state.pt", "disco_state.pt")
 """Files beside an adapter that change what it computes."""
 
 _PROJECTOR = re.compile(r"^(?:model\.)?mm_projector\.(\d+)\.(weight|bias)$")
@@ -48,7 +49,7 @@ class ForeignState:
         image: prototypes of the tasks' images, one row per slot (untrained slots are random).
         text: prototypes of the tasks' texts.
         projector: parameters of LLaVA's ``mm_projector`` by ``0.weight`` and the like.
-        buffers: SAME's statistics by plain name.
+        buffers: SAME's statistics, and whatever else lies in a state file, by plain name; no forward uses them.
     """
 
     image: Float[Tensor, "K d"] | None = None
@@ -69,9 +70,12 @@ def read_state(folder: Path, copies: Mapping[str, Tensor] | None = None) -> Fore
             copies of its content in the adapter file.
     """
     values: dict[str, Tensor] = {}
+    trained: set[str] = set()
     for name in STATE_FILES:
         if (folder / name).is_file():
-            values |= _flat(load_pickled(folder / name))
+            found = _flat(load_pickled(folder / name))
+            values |= found
+            trained |= found.keys() if name == TRAINED_FILE else set()
     own = {_copied(key): value for key, value in (copies or {}).items()}
     for key in values.keys() & own.keys():
         if values[key].shape != own[key].shape or not torch.equal(values[key].float(), own[key].float()):
@@ -89,13 +93,13 @@ def read_state(folder: Path, copies: Mapping[str, Tensor] | None = None) -> Fore
             projector[f"{layer[1]}.{layer[2]}"] = value
         elif item:
             listed.setdefault(item["part"], {})[int(item["slot"])] = value
-        elif key.endswith(("_default", "_prior_expert_vec", "_last_routing")):
+        elif key not in trained:
             buffers[key] = value
         else:
             raise FormatError(
-                f"{folder} holds the trained tensor {key} outside the adapter, which is not understood; without it "
-                "outputs would be wrong. Known are mm_projector, prototypes (image_anchors, text_anchors, "
-                "global_image_feature, global_text_feature) and SAME's statistics."
+                f"{folder / TRAINED_FILE} holds the tensor {key}, which is not understood; without it outputs would be "
+                "wrong. Known are mm_projector and prototypes (image_anchors, text_anchors, global_image_feature, "
+                "global_text_feature)."
             )
     return ForeignState(_rows(folder, listed, _IMAGE), _rows(folder, listed, _TEXT), projector, buffers)
 

@@ -80,6 +80,7 @@ class Layout:
     mixer: bool = False
     ffn_only: bool = False
     alias: bool = False
+    alias_only: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -100,6 +101,9 @@ LAYOUTS = {
                extra={"tau_score": 0.1, "curvature_mu": 0.9, "window_size": 3, "max_components": 64,
                       "cumulative_energy_ratio": 0.9}),
         Layout("Prism moelora", "MOE_LORA_MOELORA", "product_of_sums", safetensors=True, cur_task=2),
+        Layout("Prism O-LoRA", "MOE_LORA_OLORA", "olora", safetensors=True, trained=(0, 1), cur_task=1, router=False,
+               alias_only=True),
+        Layout("MCITlib CL-MoE", "MOE_LORA_CLMoE", "sum_gBA", "CAUSAL_LM_CLMoE"),
         Layout("Prism HiDe", "MOE_LORA_HiDe", "prism_hide", safetensors=True, cur_task=2,
                extra={"exclude_module_path_segments": ["vision_tower"]}),
     )
@@ -136,6 +140,8 @@ def write(
     folder.mkdir(parents=True)
     plain = tensors(layout, seed, rank)
     stored = {f"base_model.model.{key}": value for key, value in plain.items()}
+    if layout.alias_only:
+        stored = {key.replace(".weight", ".mlp.weight"): value for key, value in stored.items()}
     if layout.alias:  # a plain state_dict() shows the wrapper's inner layer too
         part = ".lora_router." if layout.ffn_only else ".lora"
         for key in [k for k in stored if part in k and "lora_AB" not in k and (layout.ffn_only or "router" not in k)]:
