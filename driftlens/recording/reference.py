@@ -62,7 +62,7 @@ def load_reference(loaded: LoadedCheckpoint, folder: Path | str) -> Reference:
 
     Args:
         loaded: the checkpoint to be recorded.
-        folder: PEFT adapter folder of the anchor.
+        folder: folder of the anchor, of the same kind as the checkpoint's: PEFT adapter or foreign.
 
     Raises:
         NotFoundError: no such folder, or no adapter in it.
