@@ -109,6 +109,7 @@ def _closing(frame: pd.DataFrame) -> list[str]:
 def _write(frame: pd.DataFrame, out: Path) -> None:
     import json
 
+    from driftlens.figures import csv_text
     from driftlens.store import atomic_file
 
     plain = frame.copy()
@@ -119,4 +120,4 @@ def _write(frame: pd.DataFrame, out: Path) -> None:
             return
         for name in plain.select_dtypes("object").columns:
             plain[name] = [json.dumps(value) if isinstance(value, list) else value for value in plain[name]]
-        plain.to_csv(partial, index=False)
+        partial.write_text(csv_text(plain), encoding="utf-8")
