@@ -30,12 +30,12 @@ sys.path.insert(0, str(ROOT))
 
 from tests.store import _fuzz  # noqa: E402
 
-CPU_SECONDS = 5.0
+CPU_SECONDS = 2.0
 WALL_SECONDS = 120
 MEMORY = 512 << 20
 GROWTH_KIB = 200 << 10
-OUTCOMES = ("refused", "problems", "equal", "different", "missed", "exception", "memory")
-BATCH = 20_000
+OUTCOMES = ("refused", "equal", "different", "missed", "exception", "memory")
+BATCH = 5_000
 MAX_PER_KIND = 4
 MAX_CORPUS_BYTES = 2 << 20
 
@@ -138,7 +138,7 @@ def name_status(status: int) -> str:
 
 def minimise(seed: _fuzz.Seed, data: bytes, sealed: bool, kind: str, folder: Path) -> bytes:
     """Take back changes of ``data`` as long as the outcome stays ``kind``."""
-    if len(data) != len(seed.data):
+    if len(data) != len(seed.data) or kind == "hang":
         return data
     for _ in range(2):
         runs = _fuzz.difference(seed.data, data)

@@ -205,21 +205,17 @@ def everything(path: Path) -> list[Any]:
 def judge(path: Path, seed: Seed, *, read_first: bool = False) -> str:
     """Say what the reader makes of a file.
 
-    ``refused`` on opening, ``problems`` that verify reports, ``equal`` or ``different`` content without any complaint,
-    ``missed`` where verify overlooks what reading meets. Any exception outside the family of DriftLens leaves it:
-    it is a fault of the reader. ``read_first`` reads a file although verify would complain, as a hasty user does.
+    ``refused`` by verify with a named problem, ``equal`` or ``different`` content without any complaint, ``missed``
+    where verify overlooks what reading meets. Any exception outside the family of DriftLens leaves it: it is a fault of
+    the reader. ``read_first`` opens and reads a file although verify would complain, as a hasty user does.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            open_recording(path).close()
-        except DriftLensError:
-            return "refused"
         if read_first:
             with contextlib.suppress(DriftLensError):
                 everything(path)
         if verify_recording(path):
-            return "problems"
+            return "refused"
         try:
             found = everything(path)
         except DriftLensError:
