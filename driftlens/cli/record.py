@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,13 +35,19 @@ def record(
     overhead: Annotated[
         int, typer.Option("--overhead", min=0, help="With --ckpt: batches to measure overhead on.")
     ] = 0,
+    max_buffer_mb: Annotated[
+        float | None, typer.Option("--max-buffer-mb", help="With --ckpt: megabytes between model and file at most.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it takes in tokens, bytes and time; write nothing.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write router distributions and pathway activations of checkpoints on fixed probes to HDF5."""
     if (run is None) == (ckpt is None):
         raise ConfigError("Give exactly one of --run RUN (every checkpoint of a run) and --ckpt CKPT (one of them).")
-    from driftlens.recording import record_checkpoint, record_run
+    from driftlens.recording import estimate_checkpoint, record_checkpoint
 
     if run is not None:
         if out is not None:
@@ -53,32 +59,43 @@ def record(
                 "--reference belongs to --ckpt: in a run every probe has an anchor of its own. Record one "
                 "checkpoint: driftlens record --ckpt RUN/checkpoints/NAME --reference RUN/checkpoints/ANCHOR"
             )
-        with progress_bar(quiet) as report:
-            summaries = record_run(
-                run,
-                probes=probes,
-                base=base,
-                resume=not fresh,
-                batch_size=batch_size,
-                tokens_per_sample=tokens_per_sample,
-                progress=report,
-            )
-        emit([summary.row() for summary in summaries], as_json=as_json)
-        note(f"Next: driftlens analyze {run}", quiet or as_json)
+        if max_buffer_mb is not None:
+            raise ConfigError("--max-buffer-mb belongs to --ckpt.")
+        options = {"probes": probes, "base": base, "batch_size": batch_size, "tokens_per_sample": tokens_per_sample}
+        _record_run(run, options, fresh=fresh, dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
     assert ckpt is not None  # exactly one of the two is given
+    given: dict[str, Any] = {
+        "base": base,
+        "probes": probes,
+        "out": out,
+        "semantics": semantics,
+        "reference": reference,
+        "batch_size": batch_size or 16,
+        "tokens_per_sample": tokens_per_sample,
+    }
+    if dry_run:
+        emit([estimate_checkpoint(ckpt, **given).row()], as_json=as_json)
+        return
     with progress_bar(quiet) as report:
         summary = record_checkpoint(
             ckpt,
-            base=base,
-            probes=probes,
-            out=out,
-            semantics=semantics,
-            reference=reference,
-            batch_size=batch_size or 16,
-            tokens_per_sample=tokens_per_sample,
+            **given,
             overwrite=fresh,
             overhead_batches=overhead,
+            max_buffer_mb=max_buffer_mb,
             progress=report,
         )
     emit([summary.row()], as_json=as_json)
+
+
+def _record_run(run: Path, options: dict[str, Any], *, fresh: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from driftlens.recording import estimate_run, record_run
+
+    if dry_run:
+        emit([estimate.row() for estimate in estimate_run(run, **options)], as_json=as_json)
+        return
+    with progress_bar(quiet) as report:
+        summaries = record_run(run, **options, resume=not fresh, progress=report)
+    emit([summary.row() for summary in summaries], as_json=as_json)
+    note(f"Next: driftlens analyze {run}", quiet or as_json)

@@ -16,7 +16,8 @@ from driftlens.recording.live import LiveRecording, record
 from driftlens.recording.probe_files import load_probes, write_probes
 from driftlens.recording.probes import ProbeSample, ProbeSet
 from driftlens.recording.recorder import Progress, RecordingSummary
-from driftlens.recording.run import record_checkpoint, record_run
+from driftlens.recording.reference import Reference, load_reference
+from driftlens.recording.run import estimate_checkpoint, estimate_run, record_checkpoint, record_run
 from driftlens.recording.sites import SITE_FAMILIES, Site, SiteFamily, SiteWeights, find_sites
 
 __all__ = [
@@ -33,14 +34,18 @@ __all__ = [
     "Progress",
     "RecordCallback",
     "RecordingSummary",
+    "Reference",
     "Site",
     "SiteFamily",
     "SiteWeights",
     "batch_sums",
     "count_hooks",
+    "estimate_checkpoint",
+    "estimate_run",
     "find_sites",
     "load_checkpoint",
     "load_probes",
+    "load_reference",
     "record",
     "record_checkpoint",
     "record_run",

@@ -23,7 +23,6 @@ from driftlens.errors import ConfigError
 from driftlens.recording.accumulators import ProbeSums
 from driftlens.recording.batches import PaddingSide, Plan, ProbePrefix
 from driftlens.recording.distributed import ALONE, Ranks
-from driftlens.recording.estimate import batch_bytes
 from driftlens.recording.hooks import Hooks
 from driftlens.recording.observer import Observer, PendingBatch
 from driftlens.recording.overhead import overhead_percent, paired_ratios
@@ -31,6 +30,7 @@ from driftlens.recording.probes import ProbeSet
 from driftlens.recording.queue import WriteQueue, check_fits_buffer
 from driftlens.recording.reference import Reference, reference_grams
 from driftlens.recording.sites import Site, base_module, find_sites, forward_context
+from driftlens.recording.transfer import batch_bytes
 from driftlens.store import RecordingWriter
 
 __all__ = [

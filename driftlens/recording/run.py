@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from driftlens.backbones import Backbone, decoder_layers, load_backbone
 from driftlens.backbones.prefix import FrozenPrefix
-from driftlens.errors import ConfigError, FormatError, NotFoundError, ProbeError
+from driftlens.errors import ConfigError, DriftLensError, FormatError, NotFoundError, ProbeError
 from driftlens.recording.batches import PaddingSide, ProbePrefix
 from driftlens.recording.checkpoints import (
     ADAPTER_CONFIG,
@@ -21,6 +22,8 @@ from driftlens.recording.checkpoints import (
     checkpoint_sha256,
     load_checkpoint,
 )
+from driftlens.recording.distributed import Ranks
+from driftlens.recording.estimate import RecordingEstimate, estimate_probes
 from driftlens.recording.probe_files import load_probes
 from driftlens.recording.probes import ProbeSet
 from driftlens.recording.recorder import Progress, RecordingSummary, inference, record_probes, recording_settings
@@ -30,7 +33,7 @@ from driftlens.store import RunLock, open_recording, verify_recording
 from driftlens.store.manifest import Manifest, sha256_file
 from driftlens.streams import load_stream
 
-__all__ = ["NOISE_SUFFIX", "record_checkpoint", "record_run"]
+__all__ = ["NOISE_SUFFIX", "estimate_checkpoint", "estimate_run", "record_checkpoint", "record_run"]
 
 NOISE_SUFFIX = ".noise.h5"
 """Ending of the second recording of the last checkpoint, made with another batch size and padding side."""
@@ -51,6 +54,7 @@ def record_checkpoint(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     overhead_batches: int = 0,
+    max_buffer_mb: float | None = None,
     progress: Report | None = None,
 ) -> RecordingSummary:
     """Record one checkpoint: an adapter folder of PEFT, CoIN, MCITlib or Prism.
@@ -67,17 +71,17 @@ def record_checkpoint(
         device: where to run; None takes a GPU if there is one.
         overwrite: replace an existing file at the end.
         overhead_batches: see ``record_probes``.
+        max_buffer_mb: see ``record_probes``.
         progress: called after every batch.
+
+    Under `accelerate launch` or `torchrun` the processes share the work and the first one writes the file.
 
     Raises:
         NotFoundError: no such checkpoint, base model or probe set.
         FormatError: the checkpoint is damaged or does not fit the base model.
         ProbeError, SiteError, StorageError: see ``record_probes``.
     """
-    folder = Path(ckpt_folder)
-    chosen = probes if isinstance(probes, ProbeSet) else None
-    if chosen is None:
-        chosen = ProbeSet.from_stream(load_stream("builtin")) if probes is None else load_probes(Path(str(probes)))
+    folder, chosen = Path(ckpt_folder), _lone_probes(probes)
     loaded = load_checkpoint(folder, base, device=_device(device), semantics=semantics)
     return record_probes(
         loaded.model,
@@ -90,8 +94,105 @@ def record_checkpoint(
         tokens_per_sample=tokens_per_sample,
         overwrite=overwrite,
         overhead_batches=overhead_batches,
+        max_buffer_mb=max_buffer_mb,
+        ranks=Ranks.joined(),
         progress=progress,
     )
+
+
+def estimate_checkpoint(
+    ckpt_folder: Path | str,
+    base: str | None = None,
+    probes: Path | str | ProbeSet | None = None,
+    out: Path | str | None = None,
+    *,
+    semantics: str | None = None,
+    reference: Path | str | None = None,
+    batch_size: int = 16,
+    tokens_per_sample: int | None = None,
+    device: torch.device | str | None = None,
+) -> RecordingEstimate:
+    """Say what `record_checkpoint` would take with these arguments; writes nothing.
+
+    A checkpoint or base model that cannot be loaded is no error: the estimate then says why it does not know.
+    """
+    folder = Path(ckpt_folder)
+    path = Path(f"{folder.name}.h5") if out is None else Path(out)
+    try:
+        loaded = load_checkpoint(folder, base, device=_device(device), semantics=semantics)
+        return estimate_probes(
+            loaded.model,
+            _lone_probes(probes),
+            path,
+            encoder=loaded.backbone.encoder,
+            checkpoint=folder.name,
+            batch_size=batch_size,
+            tokens_per_sample=tokens_per_sample,
+            reference=None if reference is None else load_reference(loaded, reference),
+        )
+    except DriftLensError as error:
+        return RecordingEstimate(path, folder.name, note=f"not measured, and recording would fail: {error}")
+
+
+def estimate_run(
+    run_folder: Path | str,
+    probes: Path | str | ProbeSet | None = None,
+    base: str | None = None,
+    *,
+    batch_size: int | None = None,
+    tokens_per_sample: int | None = None,
+    noise_floor: bool = True,
+    device: torch.device | str | None = None,
+) -> list[RecordingEstimate]:
+    """Say what `record_run` would take with these arguments, one estimate per recording; writes nothing.
+
+    All are estimated from the last checkpoint, without cached lower layers, which only make recording faster.
+
+    Raises:
+        NotFoundError, FormatError: no such run, or none that could be read.
+    """
+    manifest = Manifest.load(Path(run_folder))
+    config = _read_config(manifest)
+    options = config.get("recording") or {}
+    targets = _targets(manifest, int(batch_size or options.get("batch_size") or 16), noise_floor)
+    last = targets[-1].checkpoint
+    try:
+        chosen = _choose_probes(probes, config, manifest)
+        folder = manifest.run / "checkpoints" / last
+        loaded = load_checkpoint(folder, base if base is not None else config.get("base"), device=_device(device))
+        measured = estimate_probes(
+            loaded.model,
+            chosen,
+            targets[-1].path,
+            encoder=loaded.backbone.encoder,
+            checkpoint=last,
+            batch_size=targets[0].batch_size,
+            tokens_per_sample=tokens_per_sample or options.get("tokens_per_sample"),
+        )
+    except DriftLensError as error:
+        measured = RecordingEstimate(manifest.run, last, note=f"not measured, and recording would fail: {error}")
+    return [
+        replace(
+            measured,
+            path=target.path,
+            checkpoint=target.checkpoint,
+            note=measured.note if measured.sites is None else _already(target.path),
+        )
+        for target in targets
+    ]
+
+
+def _already(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    damaged = verify_recording(path)
+    return "there already, but damaged: made anew" if damaged else "there already: kept if it was made in the same way"
+
+
+def _lone_probes(probes: Path | str | ProbeSet | None) -> ProbeSet:
+    if isinstance(probes, ProbeSet):
+        return probes
+    return ProbeSet.from_stream(load_stream("builtin")) if probes is None else load_probes(Path(str(probes)))
 
 
 def record_run(
@@ -136,6 +237,11 @@ def record_run(
         SiteError, StorageError, LockedError: see ``record_probes``.
     """
     run = Path(run_folder)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "A whole run is recorded by one process, and several were launched. Launch the checkpoints one by one: "
+            "driftlens record --ckpt RUN/checkpoints/NAME --out RUN/recordings/NAME.h5"
+        )
     Manifest.load(run)  # before the lock, which would create the folder of a run that does not exist
     with RunLock(run):
         manifest = Manifest.load(run)
@@ -194,11 +300,7 @@ class _RunRecorder:
         """Make what is missing, in order."""
         folder = self.run / "recordings"
         folder.mkdir(exist_ok=True)
-        names = _checkpoints(self.manifest)
-        targets = [_Target(name, folder / f"{name}.h5", self.batch_size, "left", False) for name in names]
-        if noise_floor:
-            path = folder / f"{names[-1]}{NOISE_SUFFIX}"
-            targets.append(_Target(names[-1], path, self.batch_size // 2 or 2, "right", True))
+        targets = _targets(self.manifest, self.batch_size, noise_floor)
         self._total = len(targets) * len(self.probes)
         summaries = []
         for target in targets:
@@ -295,6 +397,15 @@ class _RunRecorder:
     def _report(self, step: Progress) -> None:
         if self._progress is not None:
             self._progress(Progress(step.message, self._done + step.done, self._total))
+
+
+def _targets(manifest: Manifest, batch_size: int, noise_floor: bool) -> list[_Target]:
+    folder, names = manifest.run / "recordings", _checkpoints(manifest)
+    targets = [_Target(name, folder / f"{name}.h5", batch_size, "left", False) for name in names]
+    if noise_floor:
+        path = folder / f"{names[-1]}{NOISE_SUFFIX}"
+        targets.append(_Target(names[-1], path, batch_size // 2 or 2, "right", True))
+    return targets
 
 
 def _checkpoints(manifest: Manifest) -> list[str]:

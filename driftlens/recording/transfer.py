@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["HostCopy"]
+from driftlens.store import SiteInfo, group_sites
+from driftlens.store.schema import stats_shapes, value_shapes
+
+__all__ = ["HostCopy", "batch_bytes"]
 
 
 class HostCopy:
@@ -45,3 +51,21 @@ class HostCopy:
             self._event = self._source = None
         array: NDArray[np.float32] = self._host.numpy()
         return array
+
+
+def batch_bytes(sites: Sequence[SiteInfo], rows: int, reference: bool = False) -> int:
+    """Return the bytes of one batch between model and file: float32 values of stored rows, and the batch's sums.
+
+    Args:
+        sites: the sites.
+        rows: stored tokens of the batch.
+        reference: whether an anchor answers to the same inputs.
+    """
+    numbers = 0
+    for members in group_sites(sites):
+        first = sites[members[0]]
+        values = value_shapes(len(members), rows, first.num_experts, first.rank)
+        sums = stats_shapes(len(members), 1, first.num_experts, first.rank)
+        own = sum(math.prod(shape) for shape in (*values.values(), *sums.values()))
+        numbers += own + (own - math.prod(values["base_norm"]) if reference else 0)
+    return 4 * numbers
