@@ -315,7 +315,8 @@ def test_rank_of_an_update_is_that_of_its_product() -> None:
     A, B = normal(0, 3, D_IN), normal(1, D_OUT, 3)
     B[:, 2] = B[:, 0]
     A[2] = -A[0]  # the third pathway undoes the first
-    spectrum = updates.update_spectrum(A, B, orthonormal_rows(A), orthonormal_rows(B.T))
+    spectrum = updates.update_spectrum(A, B, orthonormal_rows(A), orthonormal_rows(B.T), -3.0)
+    np.testing.assert_allclose(spectrum, np.linalg.svd(-3.0 * B @ A, compute_uv=False)[:3], atol=1e-9)
     assert int(updates.numerical_rank(spectrum)) == np.linalg.matrix_rank(B @ A) == 1
     assert float(updates.effective_rank(np.array([2.0, 2.0, 0.0]))) == pytest.approx(2.0)
     assert int(updates.numerical_rank(np.zeros(3))) == 0
