@@ -2,7 +2,7 @@
 
     python scripts/make_golden.py [--out tests/store/golden]
 
-Writes OUT/schema-X.Y/NAME.h5 and NAME.npz; the second holds what the writer was given, as plain arrays, and never passes
+Writes OUT/schema-X.Y/NAME.h5 and NAME.npz; the second holds what the writer was given, as plain arrays that never pass
 through the reader. Run it once when the schema's minor version rises, commit the new folder, never remake an old one.
 """
 
