@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -366,11 +366,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[DriftLensError], str]] = 
         FormatError,
         "up_proj has 2 experts, other layers have 3",
     ),
-    "a router is missing": (
-        _tensors(lambda t: t.pop(f"{UP}.lora_router.weight")),
-        FormatError,
-        "up_proj has no lora_router",
-    ),
+    "a router is missing": (_tensors(lambda t: t.pop(f"{UP}.lora_router.weight")), FormatError, "has no lora_router"),
     "ranks differ": (
         _tensors(lambda t: t.update({f"{UP}.lora_A.loraA.0.weight": torch.ones(3, 32)})),
         FormatError,
@@ -401,11 +397,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[DriftLensError], str]] = 
         FormatError,
         "SMoLoRA, whose forward is not supported",
     ),
-    "a tensor that is not known": (
-        _tensors(lambda t: t.update({f"{UP}.lora_extra.weight": torch.ones(4, 32)})),
-        FormatError,
-        "no known part",
-    ),
+    "an unknown part": (_tensors(lambda t: t.update({f"{UP}.lora_x": torch.ones(1)})), FormatError, "known part"),
     "a layer that the base lacks": (
         _tensors(lambda t: t.update({k.replace("layers.1", "layers.5"): v.clone() for k, v in list(t.items())})),
         FormatError,
@@ -453,7 +445,6 @@ def test_two_files_that_agree_are_one_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "c", LAYOUTS["MCITlib MoELoRA"])
     stored = torch.load(tmp_path / "c" / "adapter_model.bin", weights_only=True)
     save_file(stored, tmp_path / "c" / "adapter_model.safetensors")
-    assert len(load_file(tmp_path / "c" / "adapter_model.safetensors")) == len(stored)
     assert len(find_sites(load(tmp_path / "c", semantics="sum_gBA").model)) == 14
 
 
