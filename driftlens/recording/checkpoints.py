@@ -157,9 +157,13 @@ def load_checkpoint(
         name = base if base is not None else config.get("base_model_name_or_path")
         if not name:
             raise NotFoundError(
-                f"{folder / ADAPTER_CONFIG} names no base model. Give it with --base: builtin, a hub id or a folder."
+                f"{folder / ADAPTER_CONFIG} names no base model. Give it with --base: builtin, a hub id or a folder. What "
+                f"the factors alone tell: driftlens weights {folder}"
             )
-        backbone = load_backbone(str(name), device=device)
+        try:
+            backbone = load_backbone(str(name), device=device)
+        except NotFoundError as error:
+            raise NotFoundError(f"{error} What the factors alone tell: driftlens weights {folder}") from error
     if foreign:
         adapter = apply_foreign(backbone.model, folder, semantics, expert_weights)
         moved: nn.Module = backbone.model
