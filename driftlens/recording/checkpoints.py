@@ -157,8 +157,8 @@ def load_checkpoint(
         name = base if base is not None else config.get("base_model_name_or_path")
         if not name:
             raise NotFoundError(
-                f"{folder / ADAPTER_CONFIG} names no base model. Give it with --base: builtin, a hub id or a folder. What "
-                f"the factors alone tell: driftlens weights {folder}"
+                f"{folder / ADAPTER_CONFIG} names no base model. Give it with --base: builtin, a hub id or a folder. "
+                f"What the factors alone tell: driftlens weights {folder}"
             )
         try:
             backbone = load_backbone(str(name), device=device)
