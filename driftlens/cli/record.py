@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,8 @@ def record(
             max_buffer_mb=max_buffer_mb,
             progress=report,
         )
-    emit([summary.row()], as_json=as_json)
+    if os.environ.get("RANK", "0") == "0":  # of several launched processes one speaks
+        emit([summary.row()], as_json=as_json)
 
 
 def _record_run(run: Path, options: dict[str, Any], *, fresh: bool, dry_run: bool, as_json: bool, quiet: bool) -> None:
