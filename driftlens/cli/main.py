@@ -86,6 +86,7 @@ def main() -> None:
     """Run the command line; a known error is one message on stderr and its documented exit code."""
     # Deprecations inside the libraries are for their authors, not for those who run a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.showwarning = _show
     try:
         app()
     except DriftLensError as error:
@@ -100,6 +101,11 @@ def main() -> None:
                 _INTERRUPTED,
             )
         raise
+
+
+def _show(message: Warning | str, *_where: object, **_options: object) -> None:
+    """Print a warning as one remark: whoever runs a command has no use for the line of code that gave it."""
+    console(stderr=True).print(f"Warning: {printable(str(message))}", style="yellow", markup=False)
 
 
 def _fail(message: str, code: int) -> None:

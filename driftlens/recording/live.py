@@ -157,7 +157,6 @@ class LiveRecording:
     def __enter__(self) -> LiveRecording:
         if self._hooks is not None:
             raise ConfigError(f"The recording {self.out} was begun before; make a new one with dl.record(...).")
-        _refuse_compiled(self._model)
         self._started, self._thread = time.perf_counter(), threading.get_ident()
         sites = find_sites(self._model)
         first = next(self._root.parameters())
@@ -301,11 +300,3 @@ class LiveRecording:
     def _versions(self) -> int:
         # torch counts every change in place; tensors made in inference mode are never counted
         return sum(p._version for p in self._parameters if not p.is_inference())
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
-        raise SiteError(
-            f"{type(model).__name__} was compiled before the recording began, and compiled code may pass hooks by. "
-            "Record the model before torch.compile (which keeps it as `model._orig_mod`)."
-        )

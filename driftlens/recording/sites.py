@@ -120,8 +120,8 @@ def find_sites(model: nn.Module, families: Sequence[str] | None = None) -> list[
     if not sites:
         raise SiteError(
             f"{type(base_module(model)).__name__} has no site where routing could be observed "
-            f"(looked for: {', '.join(names)}). Record a model with routers of its own or an adapter that is switched on, "
-            "or register a site family for this kind of module."
+            f"(looked for: {', '.join(names)}). Record a model with routers of its own or an adapter that is switched "
+            "on, or register a site family for this kind of module."
         )
     claimed: dict[str, str] = {}
     for site in sites:
@@ -142,8 +142,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise SiteError(
                 f"{where} is compiled (torch.compile), and compiled code does not run hooks that are set afterwards. "
-                "Record the model before it is compiled: `compiled._orig_mod` of a `torch.compile(model)`, or the model "
-                "loaded again after a `model.compile()`."
+                "Record the model before it is compiled: `compiled._orig_mod` of a `torch.compile(model)`, or the "
+                "model loaded again after a `model.compile()`."
             )
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise SiteError(
