@@ -330,7 +330,7 @@ def test_a_batch_above_the_memory_cap_is_refused(tiny: tuple[Backbone, PeftModel
 def test_a_compiled_model_is_refused(tiny: tuple[Backbone, PeftModel], tmp_path: Path) -> None:
     compiled = torch.compile(tiny[1])
     with (
-        pytest.raises(SiteError, match="is compiled .torch.compile.*_orig_mod"),
+        pytest.raises(SiteError, match=r"is compiled .torch.compile.*_orig_mod"),
         dl.record(compiled, out=tmp_path / "x.h5"),
     ):
         pass
