@@ -40,6 +40,8 @@ __all__ = [
     "SiteGram00",
     "SiteGram01",
     "SiteGram11",
+    "Ups0",
+    "Ups1",
 ]
 
 Sample = Integer[np.ndarray, "token"]
@@ -61,6 +63,8 @@ Rows0 = Float[np.ndarray, "*site rank0 dim"]
 Rows1 = Float[np.ndarray, "*site rank1 dim"]
 Columns0 = Float[np.ndarray, "*site dim rank0"]
 Columns1 = Float[np.ndarray, "*site dim rank1"]
+Ups0 = Float[np.ndarray, "*site dim_out rank0"]
+Ups1 = Float[np.ndarray, "*site dim_out rank1"]
 Gram0 = Float[np.ndarray, "*site rank0 rank0"]
 Gram1 = Float[np.ndarray, "*site rank1 rank1"]
 GramCross = Float[np.ndarray, "*site rank0 rank1"]

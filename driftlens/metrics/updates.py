@@ -16,7 +16,7 @@ from scipy.special import entr
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, divide, finite_matrices, normalise
-from driftlens.metrics.shapes import Columns0, Columns1, PerSite, Rows0, Rows1
+from driftlens.metrics.shapes import PerSite, Rows0, Rows1, Ups0, Ups1
 from driftlens.metrics.subspaces import RANK_TOLERANCE, Basis
 
 __all__ = [
@@ -47,7 +47,7 @@ class RowDrift(NamedTuple):
     relative: PerSite
 
 
-def update_norm(A: Rows0, B: Columns0, scaling: ArrayLike = 1.0) -> PerSite:
+def update_norm(A: Rows0, B: Ups0, scaling: ArrayLike = 1.0) -> PerSite:
     """Frobenius norm of s B A: [...] >= 0.
 
     Args:
@@ -62,7 +62,7 @@ def update_norm(A: Rows0, B: Columns0, scaling: ArrayLike = 1.0) -> PerSite:
 
 
 def update_change(
-    A0: Rows0, B0: Columns0, A1: Rows1, B1: Columns1, scaling0: ArrayLike = 1.0, scaling1: ArrayLike = 1.0
+    A0: Rows0, B0: Ups0, A1: Rows1, B1: Ups1, scaling0: ArrayLike = 1.0, scaling1: ArrayLike = 1.0
 ) -> UpdateChange:
     """How far the update s B A moved from the anchor (0) to the current checkpoint (1), factors of equal shape.
 
@@ -104,7 +104,7 @@ def update_change(
 
 
 def update_spectrum(
-    A: Rows0, B: Columns0, basis_a: Basis, basis_b: Basis, scaling: ArrayLike = 1.0
+    A: Rows0, B: Ups0, basis_a: Basis, basis_b: Basis, scaling: ArrayLike = 1.0
 ) -> Float64[np.ndarray, "*site rank"]:
     """Singular values of s B A, [..., r], descending; zeros beyond the rank, NaN where a factor is not finite.
 

@@ -39,10 +39,14 @@ def _arguments() -> dict[str, Any]:
         "importance": generator.random((SITES, EXPERTS, RANK)), "x": generator.random((SITES, 8)),
         "y": generator.random((SITES, 8)), "matrix": generator.random((4, 3)), "strict": generator.random((4, 3)),
         "lenient": generator.random((4, 3)), "basis0": m.orthonormal_rows(A0), "basis1": m.orthonormal_rows(A1),
+        "B": generator.normal(size=(SITES, OUT, RANK)), "spectrum": generator.random((SITES, RANK)),
+        "drift_sq": generator.random((SITES, EXPERTS)), "anchor_sq": generator.random((SITES, EXPERTS)),
+        "basis_a": m.orthonormal_rows(A0), "basis_b": m.orthonormal_rows(B0[:, 0].swapaxes(-1, -2)),
     }  # fmt: skip
 
 
 ARGUMENTS = _arguments()
+_PLAIN = {"A": ARGUMENTS["A0"], "B": ARGUMENTS["B"]}
 SPECIAL = {
     "output_overlap": {"B0": ARGUMENTS["A0"].swapaxes(-1, -2), "B1": ARGUMENTS["A1"].swapaxes(-1, -2)},
     "rank_update_from_grams": dict.fromkeys(("gram00", "gram01", "gram11"), ARGUMENTS["gram00"]),
@@ -51,11 +55,14 @@ SPECIAL = {
         "G00": m.expert_blocks(ARGUMENTS["G00"], EXPERTS),
         "G11": m.expert_blocks(ARGUMENTS["G11"], EXPERTS + 2),
     },
+    "update_change": {"A1": _PLAIN["A"] + 1, "B0": _PLAIN["B"], "B1": _PLAIN["B"] + 1},
+    "update_spectrum": {"B": ARGUMENTS["B0"][:, 0]},
+    "expert_drift_tokens": {"z0": ARGUMENTS["z1"] + 1, **dict.fromkeys(("G00", "G01", "G11"), ARGUMENTS["G11"])},
 }
 FREE_FORM = {  # broadcast or take any axis: their tests state the shapes
     "js_divergence", "normalised_entropy", "rank_update", "sample_means", "probe_mean", "resampled_means",
     "bootstrap", "bootstrap_mean", "bootstrap_ratio", "bootstrap_weights", "percentile_interval", "exceeds_noise",
-    "coactivation_chance",
+    "coactivation_chance", "drift_origin", "row_drift",
 }  # fmt: skip
 FUNCTIONS = sorted(name for name in m.__all__ if inspect.isfunction(getattr(m, name)) and name not in FREE_FORM)
 
