@@ -265,7 +265,7 @@ _KNOWN: Final = frozenset(
 
 def _space(body: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return extent and largest extent of a dataspace."""
-    version, rank, flags, kind = body[:4]
+    version, rank, flags, kind = struct.unpack_from("<4B", body)
     _need(version == 2 and rank <= 32 and flags < 2 and kind < 3, "an unknown dataspace")
     _need(kind == 1 or rank == 0, "a scalar with axes")
     extent = struct.unpack_from(f"<{rank}Q", body, 4)

@@ -12,24 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from driftlens.cli.main import main
 from tests.training.support import tiny_config
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["driftlens", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(done.value.code or 0), out, err
-
-    return call
 
 
 def write_config(folder: Path, method: dict, **sections) -> Path:

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from driftlens.cli.main import main
 from tests.training.support import digests, tiny_config
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["driftlens", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(done.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from driftlens.cli.main import main
 from driftlens.store import Manifest
 from tests.recording.test_factors import foreign
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["driftlens", "weights", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return int(done.value.code or 0), out, err
-
-    return call
+def cli(cli):
+    """Run `driftlens weights`."""
+    return partial(cli, "weights")
 
 
 @pytest.fixture
