@@ -45,7 +45,7 @@ def collect(
 
     Raises:
         ConfigError: no recording, or names that do not fit.
-        FormatError: a damaged recording, or one of another base model.
+        FormatError: a damaged recording, or one of another base model, other sites, or other functions at a site.
         ProbeError: recordings of other probes or other tokens.
         StorageError: ``out`` exists, or the disk refuses.
     """
@@ -60,6 +60,7 @@ def collect(
             raise ConfigError("A recording was given twice; every checkpoint of a run has its own.")
         check_aligned(everything)
         _check_base(list(everything.values()))
+        _check_sites(list(everything.values()))
         head = opened[0].meta
         files = {
             f"{number:02d}-{task}.h5": path for number, (task, path) in enumerate(zip(named, paths, strict=True), 1)
@@ -70,6 +71,7 @@ def collect(
         problems = verify_recording(path)
         if problems:
             raise FormatError(f"{path} is damaged and was not collected: {problems[0].what} Record it again.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as folder:
         (folder / "recordings").mkdir()
         for name, path in sorted(files.items()):
@@ -115,3 +117,25 @@ def _check_base(opened: Sequence[Recording]) -> None:
             f"The recordings are of different base models ({named}). Drift compares checkpoints of one base; record "
             "all of them with the same --base."
         )
+
+
+def _check_sites(opened: Sequence[Recording]) -> None:
+    """Experts may grow and sites may be added; what a site computes, and how, must stay the same kind of thing."""
+    first = opened[0]
+    known = {site.name: site for site in first.sites}
+    for other in opened[1:]:
+        shared = [site for site in other.sites if site.name in known]
+        if not shared:
+            raise FormatError(
+                f"{other.path} and {first.path} have no site in common (for example {other.sites[0].name} and "
+                f"{first.sites[0].name}). Drift compares the same modules; record checkpoints of one adapter."
+            )
+        for site in shared:
+            for field in ("family", "semantics", "gate"):
+                old, new = getattr(known[site.name], field), getattr(site, field)
+                if old != new:
+                    raise FormatError(
+                        f"Site {site.name} has {field} {old!r} in {first.path} and {new!r} in {other.path}: these are "
+                        "different functions, and what lies between them is no drift. Record all checkpoints in the "
+                        "same way (for CoIN, MCITlib and Prism with the same --semantics)."
+                    )

@@ -41,7 +41,9 @@ def repair(
     if dry_run:
         note("Nothing was changed (--dry-run).", quiet or as_json)
     else:
-        note(f"{run} is in order. Next: driftlens record --run {run}", quiet or as_json)
+        # a run that was collected from recordings has no checkpoints to record
+        following = "record --run" if (run / "checkpoints").is_dir() else "analyze"
+        note(f"{run} is in order. Next: driftlens {following} {run}", quiet or as_json)
 
 
 def _identity(run: Path) -> RunIdentity:

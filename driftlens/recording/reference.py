@@ -20,8 +20,14 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from driftlens.errors import FormatError, SiteError
-from driftlens.recording.checkpoints import LoadedCheckpoint, check_keys, checkpoint_sha256, read_config
+from driftlens.errors import ConfigError, FormatError, SiteError
+from driftlens.recording.checkpoints import (
+    LoadedCheckpoint,
+    check_keys,
+    checkpoint_sha256,
+    is_whole_model,
+    read_config,
+)
 from driftlens.recording.families.foreign import foreign_site
 from driftlens.recording.sites import Site, find_sites
 from driftlens.store import SiteInfo, group_sites
@@ -65,11 +71,17 @@ def load_reference(loaded: LoadedCheckpoint, folder: Path | str) -> Reference:
         folder: folder of the anchor, of the same kind as the checkpoint's: PEFT adapter or foreign.
 
     Raises:
+        ConfigError: one of the two is a whole model.
         NotFoundError: no such folder, or no adapter in it.
         FormatError: the adapter cannot be read or does not fit the model.
         SiteError: the anchor has no observable site.
     """
     folder = Path(folder)
+    if is_whole_model(loaded.folder) or is_whole_model(folder):
+        raise ConfigError(
+            f"A reference is an adapter on the base model of the checkpoint; {folder} or {loaded.folder} is a whole "
+            "model. Record both with --ckpt and put them side by side with `driftlens collect`."
+        )
     digest = checkpoint_sha256(folder)
     if loaded.foreign is not None:
         layers = loaded.foreign.anchor_layers(loaded.model, folder)

@@ -411,6 +411,11 @@ def _targets(manifest: Manifest, batch_size: int, noise_floor: bool) -> list[_Ta
 def _checkpoints(manifest: Manifest) -> list[str]:
     found = [PurePosixPath(path).parts for path in manifest.files]
     names = sorted({parts[1] for parts in found if len(parts) == 3 and parts[::2] == ("checkpoints", ADAPTER_WEIGHTS)})
+    if not names and manifest.complete and manifest.lists("recordings"):
+        raise NotFoundError(
+            f"{manifest.run} was collected from recordings and has no checkpoints. Record a checkpoint anew with "
+            "`driftlens record --ckpt CKPT --out FILE.h5`, then collect the files again."
+        )
     if not names:
         raise NotFoundError(
             f"{manifest.run} has no finished checkpoint to record. Continue its training first: "

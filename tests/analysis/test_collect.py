@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from driftlens.analysis import open_run
 from driftlens.analysis.collect import collect
 from driftlens.errors import ConfigError, FormatError, ProbeError, StorageError
 from driftlens.store import Manifest, RecordingWriter, open_recording
+from driftlens.store.schema import VALUES
 
 from .synthetic import make_run
 
@@ -63,17 +65,29 @@ def test_what_does_not_belong_together_is_refused(files: list[Path], tmp_path: P
         collect(files[1:3], out)
 
 
-def _changed(source: Path, path: Path, **meta: object) -> Path:
+def _changed(
+    source: Path,
+    path: Path,
+    *,
+    site: dict[str, str] | None = None,
+    rename: str = "",
+    reverse: bool = False,
+    **meta: str,
+) -> Path:
+    """Write a recording again, without its weights, with some things changed."""
     with (
         open_recording(source) as old,
         RecordingWriter(
             path,
-            sites=old.sites,
-            probes=old.probes if "probes" not in meta else list(reversed(old.probes)),
+            sites=[replace(info, name=rename + info.name, **(site or {})) for info in old.sites],
+            probes=old.probes[:: -1 if reverse else 1],
             sample_ids={probe: old.sample_ids(probe) for probe in old.probes},
-            meta=old.meta | {key: value for key, value in meta.items() if key != "probes"},
+            meta=old.meta | meta,
         ) as writer,
     ):
+        for probe in old.probes[:: -1 if reverse else 1]:
+            values = [{name: group.read(name, probe) for name in VALUES} for group in old.groups]
+            writer.append(probe, **old.tokens(probe), values=values)
         for group in old.groups:
             writer.set_stats(group.index, dict(group.stats))
     return path
@@ -84,7 +98,22 @@ def test_another_base_or_other_probes_are_refused(files: list[Path], tmp_path: P
     two = _changed(files[1], tmp_path / "two.h5", base_sha256="bb")
     with pytest.raises(FormatError, match=r"different base models .*one\.h5: aa; .*two\.h5: bb"):
         collect([one, two], tmp_path / "run")
-    other = _changed(files[1], tmp_path / "other.h5", base_sha256="aa", probes="reversed")
+    other = _changed(files[1], tmp_path / "other.h5", base_sha256="aa", reverse=True)
     with pytest.raises(ProbeError, match="recorded on the probes"):
         collect([one, other], tmp_path / "run")
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_other_functions_at_a_site_are_no_drift(files: list[Path], tmp_path: Path) -> None:
+    for field in ("family", "semantics", "gate"):
+        value = "product_of_sums" if field == "semantics" else "other"
+        other = _changed(files[2], tmp_path / f"{field}.h5", site={field: value})
+        with pytest.raises(FormatError, match=rf"has {field} '.*' in .* and '{value}' in .*no drift"):
+            collect([files[1], other], tmp_path / "run")
+    elsewhere = _changed(files[2], tmp_path / "elsewhere.h5", rename="x.")
+    with pytest.raises(FormatError, match="have no site in common"):
+        collect([files[1], elsewhere], tmp_path / "run")
+
+
+def test_the_folder_above_is_made(files: list[Path], tmp_path: Path) -> None:
+    assert collect(files[1:3], tmp_path / "runs" / "theirs").path.is_dir()

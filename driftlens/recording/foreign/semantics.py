@@ -94,7 +94,9 @@ def current_task(tensors: FolderTensors, semantics: str) -> int:
     if stated is None:
         last = max(tensors.trained, default=count - 1)
         current = min(_OLORA_SLOT, count - 1) if semantics == "olora" else last
-        why = "the default of O-LoRA's code" if semantics == "olora" else "the last slot that was trained"
+        why = "the last slot that was trained"
+        if semantics == "olora":
+            why = "the default of O-LoRA's code" if current == _OLORA_SLOT else "for the default of 4 has no slot here"
         _warn(f"{tensors.folder}: adapter_config.json has no cur_task; took {current}, {why}.")
         return current
     if not isinstance(stated, int) or isinstance(stated, bool) or not 0 <= stated < count:
