@@ -10,7 +10,20 @@ from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, divide
 from driftlens.metrics.shapes import PerTask, ScoreMatrix
 
-__all__ = ["FormatShare", "format_share", "stream_scores"]
+__all__ = ["FOREIGN_SCORES", "FormatShare", "foreign_scores", "format_share", "stream_scores"]
+
+FOREIGN_SCORES: dict[str, str] = {
+    "avalanche StreamForgetting": "mean_{j<T} (a[j, j] - a[T, j]) = -BWT_T-1",
+    "avalanche StreamBWT": "-StreamForgetting = BWT_T-1",
+    "avalanche StreamForwardTransfer": "mean_{j>1} (a[j-1, j] - a[0, j]) = FWT; baseline: the same network before any "
+    "training",
+    "mammoth backward_transfer": "mean_{j<T} (a[T, j] - a[j, j]) = BWT_T-1",
+    "mammoth forward_transfer": "mean_{j>1} (a[j-1, j] - random_j), random_j from a network that was never trained",
+    "mammoth forgetting": "mean_{j<T} (max_l a[l, j] - a[T, j]) with the last row in the maximum and 0 for tasks not "
+    "yet seen: never negative",
+    "Chaudhry forgetting": "mean_{j<T} (max_{1<=l<T} a[l, j] - a[T, j])",
+}
+"""What other code prints under which name, in the symbols of `stream_scores`."""
 
 
 class FormatShare(NamedTuple):
@@ -67,6 +80,43 @@ def stream_scores(matrix: ScoreMatrix) -> dict[str, float]:
         "forgetting_max": float((scores[:tasks].max(axis=0) - final)[:-1].mean()) if several else float("nan"),
         "FWT": float((scores[index, index] - scores[0])[1:].mean()) if several else float("nan"),
     }
+
+
+def foreign_scores(matrix: ScoreMatrix, random: PerTask | None = None) -> dict[str, float]:
+    """Summarise a stream as other libraries do, whose definitions differ under like names (`FOREIGN_SCORES`).
+
+    Args:
+        matrix: [T+1, T] as for `stream_scores`.
+        random: [T] scores of a network that was never trained, mammoth's baseline of forward transfer; the scores
+            before the first task if left out.
+
+    Returns:
+        The scores of `FOREIGN_SCORES` by name; all NaN with a single task, and where a needed score is NaN.
+
+    Raises:
+        ConfigError: not of shape [T+1, T], or ``random`` not of shape [T].
+    """
+    scores = _score_matrix(matrix)
+    tasks = scores.shape[1]
+    baseline = scores[0] if random is None else as_float(random)
+    if baseline.shape != (tasks,):
+        raise ConfigError(f"random has shape {baseline.shape}; expected one score for each of the {tasks} tasks.")
+    if tasks < 2:
+        return dict.fromkeys(FOREIGN_SCORES, float("nan"))
+    final, index = scores[tasks], np.arange(tasks)
+    learnt, before = scores[index + 1, index], scores[index, index]
+    backward = float((final - learnt)[:-1].mean())
+    padded = np.where(np.tri(tasks, dtype=bool), scores[1:], 0.0)  # rows of mammoth hold the tasks seen so far
+    values = (
+        -backward,
+        backward,
+        float((before - scores[0])[1:].mean()),
+        backward,
+        float((before - baseline)[1:].mean()),
+        float((padded.max(axis=0) - final)[:-1].mean()),
+        float((scores[1:tasks].max(axis=0) - final)[:-1].mean()),
+    )
+    return dict(zip(FOREIGN_SCORES, values, strict=True))
 
 
 def format_share(strict: ScoreMatrix, lenient: ScoreMatrix) -> FormatShare:
