@@ -11,7 +11,16 @@ Conventions, for every function here:
   are padded.
 """
 
-from driftlens.metrics.cka import cka, cka_from_grams
+from driftlens.metrics.attribution import (
+    ForgettingAttribution,
+    ForgettingIntervals,
+    PermutationShapley,
+    bootstrap_attribution,
+    forgetting_attribution,
+    permutation_shapley,
+    player_orders,
+)
+from driftlens.metrics.cka import biased_cka, biased_cka_from_grams, cka, cka_from_grams
 from driftlens.metrics.codrift import CoDrift, CoDriftTokens, Impact, codrift, codrift_from_grams, expert_grams
 from driftlens.metrics.definitions import MEASURES, Definition
 from driftlens.metrics.importance import (
@@ -66,7 +75,7 @@ from driftlens.metrics.routing import (
     topk_mask,
     topk_overlap,
 )
-from driftlens.metrics.stream import FormatShare, format_share, stream_scores
+from driftlens.metrics.stream import FOREIGN_SCORES, FormatShare, foreign_scores, format_share, stream_scores
 from driftlens.metrics.subspaces import (
     RANK_TOLERANCE,
     Basis,
@@ -115,6 +124,7 @@ from driftlens.metrics.usage import (
 from driftlens.metrics.weight_definitions import WEIGHT_MEASURES
 
 __all__ = [
+    "FOREIGN_SCORES",
     "MEASURES",
     "NEAR_UNIFORM_ENTROPY",
     "RANK_TOLERANCE",
@@ -127,10 +137,13 @@ __all__ = [
     "DriftOrigin",
     "DriftOriginTokens",
     "ExpertDriftTokens",
+    "ForgettingAttribution",
+    "ForgettingIntervals",
     "FormatShare",
     "Impact",
     "Interval",
     "Measured",
+    "PermutationShapley",
     "Reason",
     "ResponsibilityDrift",
     "ResponsibilityTokens",
@@ -145,7 +158,10 @@ __all__ = [
     "active_rank_from_gram",
     "alignment",
     "alignment_energy",
+    "biased_cka",
+    "biased_cka_from_grams",
     "bootstrap",
+    "bootstrap_attribution",
     "bootstrap_mean",
     "bootstrap_ratio",
     "bootstrap_weights",
@@ -163,6 +179,8 @@ __all__ = [
     "expert_drift",
     "expert_drift_tokens",
     "expert_grams",
+    "foreign_scores",
+    "forgetting_attribution",
     "format_share",
     "gate_entropy",
     "gate_entropy_tokens",
@@ -183,6 +201,8 @@ __all__ = [
     "pair_from_factors",
     "pair_from_grams",
     "percentile_interval",
+    "permutation_shapley",
+    "player_orders",
     "principal_angles",
     "probe_mean",
     "rank_importance",

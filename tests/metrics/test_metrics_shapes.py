@@ -28,7 +28,8 @@ def _arguments() -> dict[str, Any]:
     return {
         "gate": gates(EXPERTS), "gate0": gates(EXPERTS), "gate1": gates(grown), "norm": gates(EXPERTS),
         "norm0": gates(EXPERTS), "norm1": gates(grown), "sample": np.array([0, 0, 1, 1, 2, 2]), "k": 2,
-        "experts": EXPERTS,
+        "experts": EXPERTS, "players": 3, "permutations": 4, "orders": m.player_orders(3, 4),
+        "scores": generator.normal(size=(SITES, 4, 4)),
         "z": generator.normal(size=(SITES, TOKENS, EXPERTS, RANK)).astype(np.float16),
         "z0": generator.normal(size=(SITES, TOKENS, EXPERTS, RANK)),
         "z1": generator.normal(size=(SITES, TOKENS, grown, wider)),
@@ -55,6 +56,10 @@ SPECIAL = {
         "G00": m.expert_blocks(ARGUMENTS["G00"], EXPERTS),
         "G11": m.expert_blocks(ARGUMENTS["G11"], EXPERTS + 2),
     },
+    "biased_cka_from_grams": {
+        "G00": m.expert_blocks(ARGUMENTS["G00"], EXPERTS),
+        "G11": m.expert_blocks(ARGUMENTS["G11"], EXPERTS + 2),
+    },
     "update_change": {"A1": _PLAIN["A"] + 1, "B0": _PLAIN["B"], "B1": _PLAIN["B"] + 1},
     "update_spectrum": {"B": ARGUMENTS["B0"][:, 0]},
     "expert_drift_tokens": {"z0": ARGUMENTS["z1"] + 1, **dict.fromkeys(("G00", "G01", "G11"), ARGUMENTS["G11"])},
@@ -62,7 +67,7 @@ SPECIAL = {
 FREE_FORM = {  # broadcast or take any axis: their tests state the shapes
     "js_divergence", "normalised_entropy", "rank_update", "sample_means", "probe_mean", "resampled_means",
     "bootstrap", "bootstrap_mean", "bootstrap_ratio", "bootstrap_weights", "percentile_interval", "exceeds_noise",
-    "coactivation_chance", "drift_origin", "row_drift",
+    "coactivation_chance", "drift_origin", "row_drift", "forgetting_attribution", "bootstrap_attribution",
 }  # fmt: skip
 FUNCTIONS = sorted(name for name in m.__all__ if inspect.isfunction(getattr(m, name)) and name not in FREE_FORM)
 
