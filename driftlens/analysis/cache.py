@@ -21,7 +21,17 @@ from driftlens.analysis.datasets import TABLES
 from driftlens.errors import StorageError
 from driftlens.store import atomic_file
 
-__all__ = ["ANALYSIS_NAME", "ANALYSIS_VERSION", "cache_key", "file_stamp", "open_cache", "read_table", "write_cache"]
+__all__ = [
+    "ANALYSIS_NAME",
+    "ANALYSIS_VERSION",
+    "UNREADABLE",
+    "cache_key",
+    "file_stamp",
+    "open_cache",
+    "read_table",
+    "write_cache",
+    "write_table",
+]
 
 ANALYSIS_NAME: Final = "analysis.h5"
 ANALYSIS_VERSION: Final = 1
@@ -33,7 +43,7 @@ _DIMS: Final = "_driftlens_dims"
 _RESERVED: Final = frozenset({_DIMS, "dtype", "CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST"})
 _COMPRESSED_FROM: Final = 1024
 _MAX_BYTES: Final = 1 << 30
-_UNREADABLE: Final = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError)
+UNREADABLE: Final = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError)
 """What h5py raises on a damaged file, depending on where the damage is."""
 
 
@@ -61,7 +71,7 @@ def open_cache(path: Path, key: str) -> dict[str, tuple[int, int]] | None:
                 return None
             stamps = json.loads(file.attrs["stamps"])
             return {name: (int(size), int(changed)) for name, (size, changed) in stamps.items()}
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -77,7 +87,7 @@ def read_table(path: Path, name: str) -> xr.Dataset | None:
                 target = coords if key in coordinates else variables
                 target[key] = _read_variable(_local(group, key))
             return xr.Dataset(variables, coords, json.loads(group.attrs["table_attributes"]))
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 
@@ -114,7 +124,7 @@ def write_cache(path: Path, key: str, stamps: Stamps, tables: Mapping[str, xr.Da
     try:
         with atomic_file(path) as partial, h5py.File(partial, "x", libver=("v110", "v110"), locking=False) as file:
             for name, table in tables.items():
-                _write_table(file.create_group(name), table)
+                write_table(file.create_group(name), table)
             file.attrs["key"] = key
             file.attrs["stamps"] = json.dumps(stamps, sort_keys=True)
     except StorageError:
@@ -122,7 +132,8 @@ def write_cache(path: Path, key: str, stamps: Stamps, tables: Mapping[str, xr.Da
     return True
 
 
-def _write_table(group: h5py.Group, table: xr.Dataset) -> None:
+def write_table(group: h5py.Group, table: xr.Dataset) -> None:
+    """Write a table into an empty group, with dimension scales; `read_table` gives it back."""
     group.attrs["coordinate_names"] = json.dumps(list(table.coords))
     group.attrs["coordinates"] = " ".join(str(name) for name in table.coords if name not in table.dims)
     group.attrs["table_attributes"] = json.dumps(table.attrs)
