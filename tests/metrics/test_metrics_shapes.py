@@ -68,6 +68,7 @@ FREE_FORM = {  # broadcast or take any axis: their tests state the shapes
     "js_divergence", "normalised_entropy", "rank_update", "sample_means", "probe_mean", "resampled_means",
     "bootstrap", "bootstrap_mean", "bootstrap_ratio", "bootstrap_weights", "percentile_interval", "exceeds_noise",
     "coactivation_chance", "drift_origin", "row_drift", "forgetting_attribution", "bootstrap_attribution",
+    "null_test", "permuted_experts", "permuted_tokens", "random_overlap", "random_overlap_null",
 }  # fmt: skip
 FUNCTIONS = sorted(name for name in m.__all__ if inspect.isfunction(getattr(m, name)) and name not in FREE_FORM)
 
