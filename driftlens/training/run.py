@@ -37,7 +37,7 @@ from driftlens.training.data import EncodedTask, TrainingCollator, cached_states
 from driftlens.training.evaluate import TaskScorer
 from driftlens.training.task_trainer import TaskTrainer, derived_seed
 
-__all__ = ["START", "Progress", "build_stream", "checkpoint_name", "first_adapted_layer", "train_run"]
+__all__ = ["START", "Progress", "build_stream", "checkpoint_name", "first_adapted_layer", "numerics", "train_run"]
 
 START = "00-start"
 """Name of the checkpoint before the first task."""
@@ -124,7 +124,7 @@ class _Runner:
 
     def run(self) -> Path:
         """Bring the run from where it stands to its end."""
-        with _numerics(self.manifest.threads, self.config.training.matmul_precision):
+        with numerics(self.manifest.threads, self.config.training.matmul_precision):
             return self._run()
 
     def _run(self) -> Path:
@@ -382,8 +382,13 @@ class _Runner:
 
 
 @contextmanager
-def _numerics(threads: int, matmul_precision: str) -> Iterator[None]:
-    """Set what the same bytes depend on, and put the process back as it was."""
+def numerics(threads: int, matmul_precision: str) -> Iterator[None]:
+    """Set what the same bytes depend on, and put the process back as it was.
+
+    Args:
+        threads: CPU threads that share an operation, and so the order in which it adds.
+        matmul_precision: ``highest``, ``high`` or ``medium``, see `TrainingOptions`.
+    """
     _keep_freed_memory()
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads)
