@@ -1,0 +1,1 @@
+"""Attribution of forgetting: what was lost, booked to sites, routers and experts."""
