@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from driftlens import figures
-    from driftlens.analysis import Run, compare
+    from driftlens.analysis import Run, align_experts, compare, match_experts
     from driftlens.analysis import open_run as open  # noqa: A004 - `dl.open(path)` is the documented name
     from driftlens.recording import RecordCallback, record
     from driftlens.recording.weight_drift import weight_drift
@@ -24,8 +24,10 @@ __all__ = [
     "Recording",
     "Run",
     "__version__",
+    "align_experts",
     "compare",
     "figures",
+    "match_experts",
     "open",
     "open_recording",
     "record",
@@ -35,7 +37,9 @@ __all__ = [
 _HOMES = {
     "Recording": ("driftlens.store", "Recording"),
     "Run": ("driftlens.analysis", "Run"),
+    "align_experts": ("driftlens.analysis", "align_experts"),
     "compare": ("driftlens.analysis", "compare"),
+    "match_experts": ("driftlens.analysis", "match_experts"),
     "open": ("driftlens.analysis", "open_run"),
     "open_recording": ("driftlens.store", "open_recording"),
     "RecordCallback": ("driftlens.recording", "RecordCallback"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from driftlens.analysis.frames import metric_names, summarise, table
     from driftlens.analysis.inputs import token_table_hash
     from driftlens.analysis.listing import RunEntry, list_runs
+    from driftlens.analysis.matching import align_experts, match_experts
     from driftlens.analysis.pairs import Pair, PairGrams, Pass
     from driftlens.analysis.reference import reference_drift
     from driftlens.analysis.run import Checkpoint, Run, open_run
@@ -31,8 +32,10 @@ __all__ = [
     "Run",
     "RunEntry",
     "Statistics",
+    "align_experts",
     "compare",
     "list_runs",
+    "match_experts",
     "metric_names",
     "open_run",
     "reference_drift",
@@ -55,6 +58,8 @@ _HOMES = {
     "token_table_hash": "inputs",
     "RunEntry": "listing",
     "list_runs": "listing",
+    "align_experts": "matching",
+    "match_experts": "matching",
     "Pair": "pairs",
     "PairGrams": "pairs",
     "Pass": "pairs",

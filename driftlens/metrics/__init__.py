@@ -11,6 +11,14 @@ Conventions, for every function here:
   are padded.
 """
 
+from driftlens.metrics.accumulators import (
+    ResponsibilitySums,
+    RoutingDrift,
+    RoutingSums,
+    TokenSums,
+    Usage,
+    UsageSums,
+)
 from driftlens.metrics.attribution import (
     ForgettingAttribution,
     ForgettingIntervals,
@@ -30,6 +38,24 @@ from driftlens.metrics.importance import (
     rank_update,
     rank_update_from_grams,
     spearman,
+)
+from driftlens.metrics.matching import (
+    Matching,
+    ProfileMatching,
+    best_matching,
+    match_profiles,
+    null_pairings,
+    other_site_scores,
+    profile_similarity,
+)
+from driftlens.metrics.nulls import (
+    Null,
+    RandomOverlap,
+    null_test,
+    permuted_experts,
+    permuted_tokens,
+    random_overlap,
+    random_overlap_null,
 )
 from driftlens.metrics.reference import (
     DriftOrigin,
@@ -62,6 +88,7 @@ from driftlens.metrics.responsibility import (
 )
 from driftlens.metrics.routing import (
     Top1Switch,
+    Top1Tokens,
     TopKOverlap,
     js_divergence,
     marginal_js,
@@ -72,8 +99,10 @@ from driftlens.metrics.routing import (
     router_js_distance,
     sample_js,
     top1_switch,
+    top1_tokens,
     topk_mask,
     topk_overlap,
+    topk_overlap_tokens,
 )
 from driftlens.metrics.stream import FOREIGN_SCORES, FormatShare, foreign_scores, format_share, stream_scores
 from driftlens.metrics.subspaces import (
@@ -96,6 +125,7 @@ from driftlens.metrics.subspaces import (
     subspace_overlap_adjusted,
     whitening,
 )
+from driftlens.metrics.sums import ProbeSums, SampleSums
 from driftlens.metrics.undefined import Measured, Reason
 from driftlens.metrics.updates import (
     RowDrift,
@@ -142,22 +172,36 @@ __all__ = [
     "FormatShare",
     "Impact",
     "Interval",
+    "Matching",
     "Measured",
+    "Null",
     "PermutationShapley",
+    "ProbeSums",
+    "ProfileMatching",
+    "RandomOverlap",
     "Reason",
     "ResponsibilityDrift",
+    "ResponsibilitySums",
     "ResponsibilityTokens",
+    "RoutingDrift",
+    "RoutingSums",
     "RowDrift",
+    "SampleSums",
     "SubspacePair",
+    "TokenSums",
     "Top1Switch",
+    "Top1Tokens",
     "TopKOverlap",
     "UpdateChange",
+    "Usage",
+    "UsageSums",
     "Whitening",
     "active_overlap",
     "active_rank",
     "active_rank_from_gram",
     "alignment",
     "alignment_energy",
+    "best_matching",
     "biased_cka",
     "biased_cka_from_grams",
     "bootstrap",
@@ -192,19 +236,28 @@ __all__ = [
     "marginal_js",
     "mass_moved",
     "mass_moved_tokens",
+    "match_profiles",
     "near_uniform",
     "normalised_entropy",
+    "null_pairings",
+    "null_test",
     "numerical_rank",
     "orthonormal_rows",
+    "other_site_scores",
     "output_overlap",
     "pair_from_bases",
     "pair_from_factors",
     "pair_from_grams",
     "percentile_interval",
     "permutation_shapley",
+    "permuted_experts",
+    "permuted_tokens",
     "player_orders",
     "principal_angles",
     "probe_mean",
+    "profile_similarity",
+    "random_overlap",
+    "random_overlap_null",
     "rank_importance",
     "rank_update",
     "rank_update_from_grams",
@@ -225,8 +278,10 @@ __all__ = [
     "subspace_overlap",
     "subspace_overlap_adjusted",
     "top1_switch",
+    "top1_tokens",
     "topk_mask",
     "topk_overlap",
+    "topk_overlap_tokens",
     "update_change",
     "update_norm",
     "update_spectrum",

@@ -42,6 +42,8 @@ def _arguments() -> dict[str, Any]:
         "lenient": generator.random((4, 3)), "basis0": m.orthonormal_rows(A0), "basis1": m.orthonormal_rows(A1),
         "B": generator.normal(size=(SITES, OUT, RANK)), "spectrum": generator.random((SITES, RANK)),
         "drift_sq": generator.random((SITES, EXPERTS)), "anchor_sq": generator.random((SITES, EXPERTS)),
+        "profile0": gates(EXPERTS), "profile1": gates(grown), "pairings": np.tile(np.arange(TOKENS), (2, 1)),
+        "probe": np.array([0, 0, 0, 0, 1, 1]), "similarity": generator.random((SITES, EXPERTS, grown)),
         "basis_a": m.orthonormal_rows(A0), "basis_b": m.orthonormal_rows(B0[:, 0].swapaxes(-1, -2)),
     }  # fmt: skip
 
