@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
 from driftlens.metrics.resample import probe_mean, sample_means
-from driftlens.metrics.routing import js_divergence
+from driftlens.metrics.routing import js_divergence, js_of_shares
 from driftlens.metrics.shapes import (
     Gates,
     Gates0,
@@ -98,17 +98,17 @@ class ResponsibilityTokens:
         )
         # Tokens without the mixed shares are dropped from D as well here, or the parts would not belong together.
         whole = probe_mean(np.where(np.isnan(self.router), np.nan, self.total), sample, skip_undefined=True)
-        result = ResponsibilityDrift(
-            total,
-            router,
-            experts,
-            (router + whole - experts) / 2,
-            (experts + whole - router) / 2,
-            whole - router - experts,
-            retained,
-        )
-        result.reason = self.reason
-        return result
+        return compose_responsibility(total, router, experts, retained, whole, self.reason)
+
+
+def compose_responsibility(
+    total: PerSite, router: PerSite, experts: PerSite, retained: PerSite, whole: PerSite, reason: Reasons
+) -> ResponsibilityDrift:
+    """Form the Shapley parts and the synergy from means [...]; ``whole`` is D over the tokens with all four shares."""
+    phi_router, phi_experts = (router + whole - experts) / 2, (experts + whole - router) / 2
+    result = ResponsibilityDrift(total, router, experts, phi_router, phi_experts, whole - router - experts, retained)
+    result.reason = reason
+    return result
 
 
 def responsibility(gate: Gates, norm: Norms) -> Float64[np.ndarray, "*site token expert"]:
@@ -131,8 +131,8 @@ def responsibility_tokens(gate0: Gates0, gate1: Gates1, norm0: Norms0, norm1: No
     o0, o1 = pad_experts(o0, o1)
     rho00, rho11, rho10, rho01 = (responsibility(pi, o) for pi, o in ((pi0, o0), (pi1, o1), (pi1, o0), (pi0, o1)))
     whole = _whole(pi0 * o0) & _whole(pi1 * o1)
-    total = np.where(whole[..., None], js_divergence(rho00, rho11), np.nan)
-    router, experts = js_divergence(rho00, rho10), js_divergence(rho00, rho01)
+    total = np.where(whole[..., None], js_of_shares(rho00, rho11), np.nan)
+    router, experts = js_of_shares(rho00, rho10), js_of_shares(rho00, rho01)
     complete = ~(np.isnan(total) | np.isnan(router) | np.isnan(experts))
     return ResponsibilityTokens(
         total=total,

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import rel_entr
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, normalise, pad_experts
@@ -24,6 +23,7 @@ from driftlens.metrics.undefined import Measured, Reason
 
 __all__ = [
     "Top1Switch",
+    "Top1Tokens",
     "TopKOverlap",
     "js_divergence",
     "marginal_js",
@@ -34,8 +34,10 @@ __all__ = [
     "router_js_distance",
     "sample_js",
     "top1_switch",
+    "top1_tokens",
     "topk_mask",
     "topk_overlap",
+    "topk_overlap_tokens",
 ]
 
 
@@ -45,6 +47,22 @@ class Top1Switch(NamedTuple):
     switched: PerSite
     chance: PerSite
     ties: PerSite
+
+
+class Top1Tokens(NamedTuple):
+    """Result of `top1_tokens`, NaN for tokens whose gates hold NaN.
+
+    Attributes:
+        switched: [..., n] 1 where the strongest expert changed, else 0.
+        tied: [..., n] 1 where two experts share the first place at either checkpoint, else 0.
+        best0: [..., n, E+1] one-hot strongest expert at the anchor; slot 0 is "the site did not exist".
+        best1: the same at the current checkpoint.
+    """
+
+    switched: PerToken
+    tied: PerToken
+    best0: FloatArray
+    best1: FloatArray
 
 
 class TopKOverlap(NamedTuple):
@@ -73,12 +91,27 @@ def js_divergence(p: ArrayLike, q: ArrayLike, base: float = 2) -> FloatArray:
             f"The base of the logarithm is {base}; expected a number above 1, such as 2 (bits) or e (nats)."
         )
     first, second = pad_experts(as_weights(p, "p"), as_weights(q, "q"))
-    first, second = normalise(first), normalise(second)
+    return js_of_shares(normalise(first), normalise(second), base)
+
+
+def js_of_shares(first: FloatArray, second: FloatArray, base: float = 2) -> FloatArray:
+    """`js_divergence` of rows [..., E] that are known to be shares: non-negative, of sum 1 (or 0: "nobody"), or NaN."""
     middle = (first + second) / 2
-    nats = (rel_entr(first, middle).sum(axis=-1) + rel_entr(second, middle).sum(axis=-1)) / 2
+    nats = (_relative_entropy(first, middle) + _relative_entropy(second, middle)) / 2
     one_absent = (first.sum(axis=-1) == 0) != (second.sum(axis=-1) == 0)
     clipped: FloatArray = np.clip(np.where(one_absent, math.log(2), nats), 0.0, math.log(2)) / math.log(base)
     return clipped
+
+
+def _relative_entropy(share: FloatArray, middle: FloatArray) -> FloatArray:
+    """Sum over the last axis of share log(share / middle), 0 where share is 0; numpy's vectorised logarithm."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.asarray(share / middle)
+    np.copyto(terms, 1.0, where=~(share > 0))  # log 1 = 0; a NaN returns with the product
+    np.log(terms, out=terms)
+    terms *= share
+    total: FloatArray = terms.sum(axis=-1)
+    return total
 
 
 def _gates(gate0: Gates0, gate1: Gates1) -> tuple[FloatArray, FloatArray]:
@@ -138,19 +171,26 @@ def top1_switch(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> T
         ``switched`` [...] 0..1; ``chance`` = 1 - sum_e p_e q_e with the two top-1 distributions, the switch rate of
         two independent routers with these loads; ``ties``. NaN where gates hold NaN.
     """
+    tokens = top1_tokens(gate0, gate1)
+    switched = probe_mean(tokens.switched, sample)
+    shares = [probe_mean(best, sample, axis=-2) for best in (tokens.best0, tokens.best1)]
+    chance = 1.0 - (shares[0] * shares[1]).sum(axis=-1)
+    return Top1Switch(switched, chance, probe_mean(tokens.tied, sample))
+
+
+def top1_tokens(gate0: Gates0, gate1: Gates1) -> Top1Tokens:
+    """The strongest expert of every token at both checkpoints; what `top1_switch` averages."""
     gates = _gates(gate0, gate1)
-    best, tied, shares = [], [], []
+    broken: NDArray[np.bool_] = np.asarray(np.isnan(gates[0]).any(axis=-1) | np.isnan(gates[1]).any(axis=-1))
+    marked, tied = [], []
     for gate in gates:  # the two checkpoints
         absent = gate.sum(axis=-1) == 0
         index = np.where(absent, -1, gate.argmax(axis=-1))
-        best.append(index)
+        one_hot = (index[..., None] == np.arange(-1, gate.shape[-1])).astype(np.float64)
+        marked.append(np.where(broken[..., None], np.nan, one_hot))
         tied.append(((gate == gate.max(axis=-1, keepdims=True)).sum(axis=-1) > 1) & ~absent)
-        slots = np.arange(-1, gate.shape[-1])  # slot -1: the site did not exist
-        shares.append(probe_mean(index[..., None] == slots, sample, axis=-2))
-    broken = np.isnan(gates[0]).any(axis=-1) | np.isnan(gates[1]).any(axis=-1)
-    switched = probe_mean(np.where(broken, np.nan, best[0] != best[1]), sample)
-    chance = np.where(np.isnan(switched), np.nan, 1.0 - (shares[0] * shares[1]).sum(axis=-1))
-    return Top1Switch(switched, chance, probe_mean(np.where(broken, np.nan, tied[0] | tied[1]), sample))
+    switched = np.where(broken, np.nan, np.not_equal(*marked).any(axis=-1))
+    return Top1Tokens(switched, np.where(broken, np.nan, tied[0] | tied[1]), *marked)
 
 
 def topk_mask(gate: Gates, k: int) -> Bool[np.ndarray, "*site token expert"]:
@@ -178,10 +218,16 @@ def topk_overlap(gate0: Gates0, gate1: Gates1, k: int, sample: Sample | None = N
     Returns:
         ``overlap`` [...] 0..1 and ``chance`` k/E, E the larger number of experts.
     """
+    experts = max(np.shape(gate0)[-1], np.shape(gate1)[-1])
+    return TopKOverlap(probe_mean(topk_overlap_tokens(gate0, gate1, k), sample), k / experts)
+
+
+def topk_overlap_tokens(gate0: Gates0, gate1: Gates1, k: int) -> PerToken:
+    """Share of each token's top-k set that both checkpoints have in common: [..., n] in 0..1; see `topk_overlap`."""
     first, second = _gates(gate0, gate1)
     common = (topk_mask(first, k) & topk_mask(second, k)).sum(axis=-1) / k
     broken = np.isnan(first).any(axis=-1) | np.isnan(second).any(axis=-1)
-    return TopKOverlap(probe_mean(np.where(broken, np.nan, common), sample), k / first.shape[-1])
+    return np.where(broken, np.nan, common)
 
 
 def relative_js(

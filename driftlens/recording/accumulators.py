@@ -1,21 +1,17 @@
 """Sufficient statistics of a group of sites: summed on the device, merged on the host in float64.
 
-``batch_sums`` is what one batch adds (float32, on the device, no synchronisation); :class:`ProbeSums` adds
-batches and shards up. Everything is a plain sum over tokens, so the order of batches, shards or machines
-does not matter beyond float64 rounding (relative 1e-15).
+``batch_sums`` is what one batch adds (float32, on the device, no synchronisation); `driftlens.metrics.ProbeSums` adds
+batches and shards up. Everything is a plain sum over tokens, so the order of batches, shards or machines does not
+matter beyond float64 rounding (relative 1e-15).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
+from driftlens.metrics import ProbeSums
 from driftlens.store.schema import REFERENCE_PREFIX
 
 __all__ = ["REFERENCE_STATISTICS", "STATISTICS", "ProbeSums", "batch_sums", "expert_input", "reference_sums"]
@@ -133,33 +129,3 @@ def expert_input(
     """
     mixed = torch.einsum("sne,sner->snr", gate, pathway).unsqueeze(2)
     return torch.where(product[:, None, None, None], mixed, pathway)
-
-
-@dataclass
-class ProbeSums:
-    """Sums of one group of sites over the tokens of one probe.
-
-    Attributes:
-        count: tokens summed so far.
-        sums: statistic name -> float64 array [S, ...]; empty until the first ``update``.
-    """
-
-    count: int = 0
-    sums: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-
-    def update(self, count: int, batch: Mapping[str, NDArray[np.floating]]) -> None:
-        """Add the sums of one batch of ``count`` tokens (float32 or float64 host arrays)."""
-        self.count += count
-        for name, value in batch.items():
-            value64 = value.astype(np.float64)
-            self.sums[name] = self.sums[name] + value64 if name in self.sums else value64
-
-    def merge(self, other: ProbeSums) -> ProbeSums:
-        """Return the sums over both token sets (neither operand changes)."""
-        merged = ProbeSums(self.count, dict(self.sums))
-        merged.update(other.count, other.sums)
-        return merged
-
-    def result(self) -> dict[str, NDArray[np.float64]]:
-        """Return the sums by name (float64 copies)."""
-        return {name: value.copy() for name, value in self.sums.items()}
