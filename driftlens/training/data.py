@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from driftlens.backbones import Encoded, collate
+from driftlens.backbones import Backbone, Encoded, collate, default_cache_dir
 from driftlens.backbones.prefix import FrozenPrefix, PrefixStates
 from driftlens.store import atomic_file
+from driftlens.streams import Sample
+from driftlens.training.config import TrainingOptions
 
-__all__ = ["EncodedTask", "TrainingCollator", "cached_states", "disk_errors", "last_positions"]
+__all__ = ["EncodedTask", "TrainingCollator", "cached_states", "disk_errors", "encode_task", "last_positions"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,29 @@ def last_positions(length: int, keep: int) -> Tensor:
 def pad_left(rows: Sequence[Tensor]) -> Tensor:
     """Return [B, longest, ...] from rows of different lengths, zeros on the left."""
     return pad_sequence(list(rows), batch_first=True, padding_side="left")
+
+
+def encode_task(
+    samples: Sequence[Sample],
+    backbone: Backbone,
+    prefix: FrozenPrefix | None,
+    *,
+    options: TrainingOptions,
+    device: torch.device,
+) -> EncodedTask:
+    """Encode training samples; with ``prefix`` their states are added, kept where ``options.prefix_cache`` says."""
+    encoded = [backbone.need_encoder().encode(sample) for sample in samples]
+    if prefix is None:
+        return EncodedTask(encoded)
+    states = cached_states(
+        prefix,
+        encoded,
+        backbone_sha256=backbone.sha256,
+        batch_size=2 * options.batch_size,
+        device=device,
+        folder=default_cache_dir() / "prefix" if options.prefix_cache == "disk" else None,
+    )
+    return EncodedTask(encoded, states)
 
 
 def cached_states(

@@ -25,19 +25,29 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from driftlens import __version__
-from driftlens.backbones import Backbone, decoder_layers, default_cache_dir, load_backbone
+from driftlens.backbones import Backbone, decoder_layers, load_backbone
 from driftlens.backbones.prefix import FrozenPrefix
 from driftlens.errors import ConfigError, FormatError, NotFoundError
 from driftlens.methods import Method, TaskContext
 from driftlens.store import Manifest, RunLock, atomic_file, atomic_folder
 from driftlens.store.manifest import MANIFEST_NAME
-from driftlens.streams import Stream, Task, load_stream
+from driftlens.streams import Stream, load_stream
 from driftlens.training.config import RunConfig
-from driftlens.training.data import EncodedTask, TrainingCollator, cached_states, disk_errors
+from driftlens.training.data import EncodedTask, TrainingCollator, disk_errors, encode_task
 from driftlens.training.evaluate import TaskScorer
 from driftlens.training.task_trainer import TaskTrainer, derived_seed
 
-__all__ = ["START", "Progress", "build_stream", "checkpoint_name", "first_adapted_layer", "numerics", "train_run"]
+__all__ = [
+    "START",
+    "Progress",
+    "build_stream",
+    "checkpoint_name",
+    "first_adapted_layer",
+    "numerics",
+    "pick_device",
+    "skipping",
+    "train_run",
+]
 
 START = "00-start"
 """Name of the checkpoint before the first task."""
@@ -116,7 +126,7 @@ class _Runner:
         # A resumed run must add up in the same order as before, so the recorded number of threads wins over today's.
         threads = config.training.threads or self.manifest.threads or torch.get_num_threads()
         self.manifest.threads = threads
-        self.device = _device(config.training.device)
+        self.device = pick_device(config.training.device)
         self.names = [START] + [checkpoint_name(i, task.name) for i, task in enumerate(self.stream, start=1)]
         tasks = len(self.stream.tasks)
         self._total = tasks * config.training.steps_per_task + (tasks + 1) * tasks * _EVALUATION_COST
@@ -175,7 +185,7 @@ class _Runner:
                 stream_sha256=self.stream.sha256,
                 base={"name": self.config.base},
                 seed=self.config.training.seed,
-                versions=_versions(),
+                versions=versions(),
             )
         if not resume:
             raise ConfigError(
@@ -301,7 +311,7 @@ class _Runner:
         scorers: dict[str, TaskScorer],
     ) -> None:
         task = self.stream.tasks[index - 1]
-        data = self._encode(task, backbone, prefix)
+        data = encode_task(task.train, backbone, prefix, options=self.config.training, device=self.device)
         context = TaskContext(index, task.name, lambda: self._replay(model, data, prefix, backbone))
         seed = derived_seed(self.config.training.seed, index)
         set_seed(seed)
@@ -318,27 +328,12 @@ class _Runner:
                 scratch=Path(scratch),
                 on_step=lambda: self._advance(1, f"training on {task.name} ({index}/{len(self.stream.tasks)})"),
             )
-            with _skipping(prefix):
+            with skipping(prefix):
                 trainer.train()
         method.end_task(model, context)
         with self._checkpoint(index, model, method) as folder:
             trainer.log_frame(index, task.name).to_parquet(folder / "train_log.parquet", index=False)
             self._score(index, model, scorers).to_parquet(folder / "scores.parquet", index=False)
-
-    def _encode(self, task: Task, backbone: Backbone, prefix: FrozenPrefix | None) -> EncodedTask:
-        samples = [backbone.need_encoder().encode(sample) for sample in task.train]
-        if prefix is None:
-            return EncodedTask(samples)
-        folder = default_cache_dir() / "prefix" if self.config.training.prefix_cache == "disk" else None
-        states = cached_states(
-            prefix,
-            samples,
-            backbone_sha256=backbone.sha256,
-            batch_size=2 * self.config.training.batch_size,
-            device=self.device,
-            folder=folder,
-        )
-        return EncodedTask(samples, states)
 
     @torch.no_grad()
     def _replay(
@@ -358,7 +353,7 @@ class _Runner:
                 on_device.pop("labels")
                 on_device["logits_to_keep"] = on_device["logits_to_keep"][-1:]
                 yield on_device["attention_mask"]
-                with _skipping(prefix):
+                with skipping(prefix):
                     model(**on_device)
         finally:
             model.train(was_training)
@@ -416,18 +411,24 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")} | {
         "driftlens": __version__,
         "python": platform.python_version(),
     }
 
 
-def _skipping(prefix: FrozenPrefix | None) -> AbstractContextManager[None]:
+def skipping(prefix: FrozenPrefix | None) -> AbstractContextManager[None]:
+    """Return the context in which the model starts from the states of ``prefix``; None changes nothing."""
     return nullcontext() if prefix is None else prefix.skipping()
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """Return the device of ``training.device``; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: no such device, or not on this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
