@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from driftlens.analysis.reference import reference_drift
     from driftlens.analysis.run import Checkpoint, Run, open_run
     from driftlens.analysis.thin import thin_run
+    from driftlens.analysis.validity import Validity, validity
 
 __all__ = [
     "FAMILIES",
@@ -32,6 +33,7 @@ __all__ = [
     "Run",
     "RunEntry",
     "Statistics",
+    "Validity",
     "align_experts",
     "compare",
     "list_runs",
@@ -43,6 +45,7 @@ __all__ = [
     "table",
     "thin_run",
     "token_table_hash",
+    "validity",
 ]
 
 _HOMES = {
@@ -68,6 +71,8 @@ _HOMES = {
     "Run": "run",
     "open_run": "run",
     "thin_run": "thin",
+    "Validity": "validity",
+    "validity": "validity",
 }
 
 

@@ -13,7 +13,7 @@ from driftlens.analysis.inputs import token_table_hash
 from driftlens.analysis.run import Run, open_run
 from driftlens.errors import ConfigError, NotFoundError, ProbeError
 
-__all__ = ["DRIFT_COLUMNS", "SCORE_COLUMNS", "compare"]
+__all__ = ["DRIFT_COLUMNS", "SCORE_COLUMNS", "compare", "stream_difference"]
 
 SCORE_COLUMNS: Final = ("AP", "MAA", "MFT", "BWT_T", "BWT_T-1", "forgetting_max", "FWT")
 """Strict scores; those of the lenient scorer follow for AP and BWT_T."""
@@ -65,7 +65,7 @@ def compare(runs: Iterable[Run | str | os.PathLike[str]], *, strict: bool = True
         raise ConfigError("No run was given. Name at least one run folder: `driftlens compare RUN RUN...`.")
     rows = []
     for run in opened:
-        difference = _difference(opened[0], run)
+        difference = stream_difference(opened[0], run)
         if difference and strict:
             raise ProbeError(
                 f"{opened[0].path} and {run.path} cannot be compared: {difference}. Compare runs over one stream "
@@ -112,8 +112,8 @@ def _drift(run: Run, notes: list[str]) -> dict[str, float]:
     return result
 
 
-def _difference(first: Run, other: Run) -> str:
-    """Say why two runs cannot be compared; empty if they can."""
+def stream_difference(first: Run, other: Run) -> str:
+    """Say why two runs cannot be compared (other tasks or other tokens); empty if they can."""
     if other is first:
         return ""
     if first.manifest.stream_sha256 != other.manifest.stream_sha256:

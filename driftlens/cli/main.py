@@ -59,6 +59,7 @@ def _register() -> None:
         repair,
         sites,
         train,
+        validate,
         verify,
         weights,
     )
@@ -70,6 +71,7 @@ def _register() -> None:
     app.command("collect")(collect.collect)
     app.command("analyze")(analyze.analyze)
     app.command("compare")(compare.compare)
+    app.command("validate")(validate.validate)
     app.command("sites")(sites.sites)
     app.command("methods")(listing.methods)
     app.command("streams")(listing.streams)
