@@ -15,6 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from driftlens.analysis.analyse import analyse
+from driftlens.analysis.attribution import ATTRIBUTION_FILES, read_cell, tabulate
 from driftlens.analysis.cache import ANALYSIS_NAME, cache_key, file_stamp, open_cache, read_table, write_cache
 from driftlens.analysis.datasets import TABLES
 from driftlens.analysis.listing import RUN_FILES, method_name, read_config, training_seed
@@ -266,6 +267,25 @@ class Run:
     def train_log(self) -> pd.DataFrame:
         """train_log.parquet: one row per logged training step."""
         return read_train_log(self.trusted("train_log.parquet"))
+
+    # --- attribution -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def attribution(self) -> xr.Dataset:
+        """Forgetting booked to sites, routers and experts, and exact swaps (metrics.md section 4); see `tabulate`.
+
+        Raises:
+            NotFoundError: `driftlens attribute` has not been run.
+            FormatError: a file of it is damaged or is not the one that the manifest lists.
+        """
+        files = [file for file in self.manifest.files if ATTRIBUTION_FILES.fullmatch(file)]
+        if not files:
+            raise NotFoundError(
+                f"The forgetting of {self.path} has not been attributed. Do it with `driftlens attribute {self.path}`; "
+                "it needs the weights of the checkpoints."
+            )
+        cells = [read_cell(self.trusted(file)) for file in sorted(files)]
+        return tabulate(cells, self.tasks, {point.index: point.name for point in self.checkpoints})
 
     # --- analysis --------------------------------------------------------------------------------------------------
 

@@ -51,12 +51,15 @@ def _register() -> None:
     from driftlens.cli import (
         analyze,
         assets,
+        attribute,
         collect,
         compare,
         demo,
+        export,
         listing,
         record,
         repair,
+        reroute,
         sites,
         train,
         validate,
@@ -70,6 +73,8 @@ def _register() -> None:
     app.command("record")(record.record)
     app.command("collect")(collect.collect)
     app.command("analyze")(analyze.analyze)
+    app.command("attribute")(attribute.attribute)
+    app.command("reroute")(reroute.reroute)
     app.command("compare")(compare.compare)
     app.command("validate")(validate.validate)
     app.command("sites")(sites.sites)
@@ -79,6 +84,7 @@ def _register() -> None:
     app.command("verify")(verify.verify)
     app.command("weights")(weights.weights)
     app.command("repair")(repair.repair)
+    app.command("export")(export.export)
 
 
 _register()

@@ -412,6 +412,7 @@ def _keep_freed_memory() -> None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on, by library."""
     return {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")} | {
         "driftlens": __version__,
         "python": platform.python_version(),
