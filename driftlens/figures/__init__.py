@@ -10,7 +10,10 @@ from driftlens.figures.codrift_map import HIT_LAYER, codrift_map, depth_order, m
 from driftlens.figures.drift_lines import drift_lines, line_top
 from driftlens.figures.method_bars import BAR_METRICS, method_bars
 from driftlens.figures.registry import FIGURES, FigureKind
+from driftlens.figures.reroute_bars import reroute_bars, reroute_table
 from driftlens.figures.routing_flow import routing_flow, routing_multiples
+from driftlens.figures.routing_histogram import routing_histogram, routing_histogram_table
+from driftlens.figures.sample_js_lines import sample_js_lines, sample_js_table
 from driftlens.figures.tables import (
     LINE_METRICS,
     MAP_METRICS,
@@ -55,7 +58,13 @@ __all__ = [
     "name_run",
     "number",
     "plain",
+    "reroute_bars",
+    "reroute_table",
     "routing_flow",
+    "routing_histogram",
+    "routing_histogram_table",
     "routing_multiples",
     "routing_table",
+    "sample_js_lines",
+    "sample_js_table",
 ]

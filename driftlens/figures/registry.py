@@ -21,12 +21,13 @@ class FigureKind:
     Attributes:
         draw: takes the subject and keyword options (always ``theme``), returns the figure.
         rows: takes the subject and the same options without ``theme``; returns the frame that the figure draws.
-        subject: ``"run"`` (a `driftlens.analysis.Run`) or ``"comparison"`` (a frame of `driftlens.compare`).
+        subject: ``"run"`` (a `driftlens.analysis.Run`), ``"runs"`` (a sequence of them) or ``"comparison"`` (a frame of
+            `driftlens.compare`).
     """
 
     draw: Callable[..., go.Figure]
     rows: Callable[..., pd.DataFrame]
-    subject: Literal["run", "comparison"] = "run"
+    subject: Literal["run", "runs", "comparison"] = "run"
 
 
 FIGURES: Registry[FigureKind] = Registry("figure", "driftlens.figures")
