@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from driftlens.analysis.comparison import compare
+    from driftlens.analysis.export import comparison_dataset, export_run
     from driftlens.analysis.families import FAMILIES, REASONS, Composed, Family, Statistics
     from driftlens.analysis.frames import metric_names, summarise, table
     from driftlens.analysis.inputs import token_table_hash
@@ -36,6 +37,8 @@ __all__ = [
     "Validity",
     "align_experts",
     "compare",
+    "comparison_dataset",
+    "export_run",
     "list_runs",
     "match_experts",
     "metric_names",
@@ -50,6 +53,8 @@ __all__ = [
 
 _HOMES = {
     "compare": "comparison",
+    "comparison_dataset": "export",
+    "export_run": "export",
     "FAMILIES": "families",
     "REASONS": "families",
     "Composed": "families",

@@ -17,7 +17,7 @@ from driftlens.errors import ConfigError, UnknownNameError
 if TYPE_CHECKING:
     from driftlens.analysis.run import Run
 
-__all__ = ["STATIC", "metric_names", "summarise", "table"]
+__all__ = ["STATIC", "check_level", "metric_names", "summarise", "table"]
 
 Level = Literal["probe", "site"]
 
@@ -109,9 +109,14 @@ def _near_uniform(data: xr.Dataset, dims: Sequence[str]) -> np.ndarray:
     return _flat(data, "near_uniform_share", dims) > 0.5
 
 
-def _check(level: str, metrics: Iterable[str] | None) -> list[str]:
+def check_level(level: str) -> None:
+    """Refuse another level than "probe" and "site" with a ConfigError."""
     if level not in ("probe", "site"):
         raise ConfigError(f"Unknown level {level!r}; choose 'probe' (averaged over sites) or 'site'.")
+
+
+def _check(level: str, metrics: Iterable[str] | None) -> list[str]:
+    check_level(level)
     known = metric_names()
     chosen = known if metrics is None else list(metrics)
     for name in chosen:
