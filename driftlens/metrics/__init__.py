@@ -31,6 +31,7 @@ from driftlens.metrics.attribution import (
 from driftlens.metrics.cka import biased_cka, biased_cka_from_grams, cka, cka_from_grams
 from driftlens.metrics.codrift import CoDrift, CoDriftTokens, Impact, codrift, codrift_from_grams, expert_grams
 from driftlens.metrics.definitions import MEASURES, Definition
+from driftlens.metrics.further_definitions import ALL_MEASURES, COMPUTED_BY, FURTHER_MEASURES
 from driftlens.metrics.importance import (
     Concentration,
     importance_concentration,
@@ -154,7 +155,10 @@ from driftlens.metrics.usage import (
 from driftlens.metrics.weight_definitions import WEIGHT_MEASURES
 
 __all__ = [
+    "ALL_MEASURES",
+    "COMPUTED_BY",
     "FOREIGN_SCORES",
+    "FURTHER_MEASURES",
     "MEASURES",
     "NEAR_UNIFORM_ENTROPY",
     "RANK_TOLERANCE",
