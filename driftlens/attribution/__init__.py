@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from driftlens.attribution.ledger import AnswerBatches, Ledger, ledger
     from driftlens.attribution.options import AttributionOptions
     from driftlens.attribution.pairs import LoadedPair, load_pair
+    from driftlens.attribution.reroute import Rerouted, estimate_reroute, reroute_run
     from driftlens.attribution.runs import attribute_pair, attribute_run, estimate_pair, estimate_run_attribution
     from driftlens.attribution.swaps import swap_scores
     from driftlens.attribution.worker import CellSummary
@@ -26,14 +27,17 @@ __all__ = [
     "CellSummary",
     "Ledger",
     "LoadedPair",
+    "Rerouted",
     "Switchboard",
     "attribute_pair",
     "attribute_run",
     "depth_shapley",
     "estimate_pair",
+    "estimate_reroute",
     "estimate_run_attribution",
     "ledger",
     "load_pair",
+    "reroute_run",
     "single_restores",
     "swap_scores",
 ]
@@ -45,14 +49,17 @@ _HOMES = {
     "CellSummary": "worker",
     "Ledger": "ledger",
     "LoadedPair": "pairs",
+    "Rerouted": "reroute",
     "Switchboard": "intervene",
     "attribute_pair": "runs",
     "attribute_run": "runs",
     "depth_shapley": "depth",
     "estimate_pair": "runs",
+    "estimate_reroute": "reroute",
     "estimate_run_attribution": "runs",
     "ledger": "ledger",
     "load_pair": "pairs",
+    "reroute_run": "reroute",
     "single_restores": "depth",
     "swap_scores": "swaps",
 }

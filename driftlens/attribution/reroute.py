@@ -87,7 +87,8 @@ class Rerouted:
         ``recovered`` (rerouted - current) and ``remaining`` (anchor - rerouted) sum to ``forgetting`` (anchor -
         current), as ``phi_router`` + ``phi_experts`` of the swaps do but for their remainder; all five are positive for
         what was lost, in accuracy or in nats. ``anchor``, ``current``, ``old_router`` (the swap S_ac: old router,
-        current experts) and ``rerouted`` are plain means.
+        current experts) and ``rerouted`` are plain means; ``gate_entropy_before`` and ``_after`` are those of the first
+        and the last training step.
         """
         by_state = {state: self.scores(state, measure) for state in self.values}
         recovered = bootstrap_mean(by_state[REROUTED] - by_state["cc"], draws=draws, seed=seed)
@@ -126,10 +127,11 @@ def router_parameters(config: RunConfig) -> int:
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the gates' own parameters of the active adapter."""
+    """Yield the gates' own parameters of the active adapter; a router before one expert decides nothing."""
     for _, site in iter_sites(model):
         for name in site.active_adapters:
-            yield from site.moe_lora_gate[name].parameters()
+            if site.num_experts[name] > 1:
+                yield from site.moe_lora_gate[name].parameters()
 
 
 def estimate_reroute(

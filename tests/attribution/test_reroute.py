@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from driftlens.attribution import reroute
-from driftlens.attribution.reroute import REROUTED, Rerouted, estimate_reroute, reroute_run
+from driftlens.attribution.reroute import REROUTED, Rerouted, estimate_reroute, reroute_run, router_parameters
 from driftlens.attribution.swaps import ANCHOR, COMBINATIONS, MEASURES
 from driftlens.errors import ConfigError, NotFoundError, SiteError, UnknownNameError
 from driftlens.store import Manifest
@@ -229,7 +229,8 @@ def test_methods_without_a_router_are_refused_honestly(tmp_path: Path, method: d
     with pytest.raises(SiteError, match=f"no router to retrain: .*{reason}.*driftlens attribute"):
         reroute_run(folder)
     assert digests(folder) == before
-    # a dry run refuses nothing and says the same
+    # a router before a single expert is no router either, and a dry run refuses nothing but says the same
+    assert router_parameters(tiny_config(method={"name": "moe-lora"}, adapter={"num_experts": 1, "top_k": 1})) == 0
     assert [row["router_parameters"] for row in estimate_reroute(folder)] == [0]
 
 
