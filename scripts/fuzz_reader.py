@@ -1,16 +1,18 @@
 """Fuzz the reader: mutated recordings are opened, read completely and verified, each under a time and a memory cap.
 
-    python scripts/fuzz_reader.py [--inputs 1000000] [--seconds 3600] [--corpus tests/store/corpus] [--work /dev/shm]
+    python scripts/fuzz_reader.py [--inputs 1000000] [--seconds 3600] [--workers 2] [--corpus tests/store/corpus]
 
 Input number n is the same everywhere (seed recordings of the corpus, random numbers from n), so that a run goes on
-where COUNTER.json says that the last one stopped. A forked child takes inputs until it dies: of a signal (a crash of
-libhdf5 or of a filter), of the timer, or by an exception outside the family of DriftLens. Each such input is made as
-small as possible and saved to the corpus as a patch of its seed; tests/store/test_fuzz.py replays them.
+where COUNTER.json says that the last one stopped. Forked children share the numbers out and take inputs until they die:
+of a signal (a crash of libhdf5 or of a filter), of the timer, or by an exception outside the family of DriftLens. Each
+such input is made as small as possible and saved to the corpus as a patch of its seed; tests/store/test_fuzz.py
+replays them. New seeds or mutations make other inputs of the same numbers: begin another section in COUNTER.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import mmap
 import os
@@ -24,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +41,8 @@ OUTCOMES = ("refused", "equal", "different", "missed", "exception", "memory")
 BATCH = 5_000
 MAX_PER_KIND = 4
 MAX_CORPUS_BYTES = 2 << 20
+# How often a seed is drawn, the others twice in so many: what has few objects is read quickly.
+WEIGHTS = {"plain-1.0.h5": 400, "bare-1.1.h5": 40, "pathways-1.1.h5": 20, "small-1.1.h5": 10, "reference-1.1.h5": 10}
 
 
 def load_seeds(corpus: Path) -> list[_fuzz.Seed]:
@@ -48,7 +53,7 @@ def load_seeds(corpus: Path) -> list[_fuzz.Seed]:
 def make_input(seeds: list[_fuzz.Seed], number: int) -> tuple[_fuzz.Seed, bytes, bool]:
     """Input ``number``: its seed, its bytes, and whether its checksums were repaired."""
     rng = random.Random(number)
-    seed = rng.choice(seeds)
+    (seed,) = rng.choices(seeds, [WEIGHTS.get(seed.path.name, 2) for seed in seeds])
     return seed, *_fuzz.mutate(seed, rng)
 
 
@@ -59,14 +64,14 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def capped(path: Path, seed: _fuzz.Seed, sealed: bool, read_first: bool = True) -> str:
+def capped(path: Path, seed: _fuzz.Seed, sealed: bool, first: str = "both") -> str:
     """Judge one file under the caps; returns an outcome, with details after a colon where it is a failure."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The default action of both signals ends the process even inside C code.
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.alarm(WALL_SECONDS)
     try:
-        outcome = _fuzz.judge(path, seed, read_first=read_first)
+        outcome = _fuzz.judge(path, seed, first)
     except BaseException as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "driftlens" in f.filename]
         where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
@@ -88,25 +93,28 @@ def place(folder: Path, data: bytes) -> Path:
     return path
 
 
-def work(seeds: list[_fuzz.Seed], start: int, stop: int, shared: mmap.mmap, folder: Path, failures: Path) -> None:
-    """Take inputs until one is fatal: the child of `run`."""
+def work(seeds: list[_fuzz.Seed], numbers: range, shared: mmap.mmap, folder: Path) -> None:
+    """Take inputs until one is fatal: a child of `batch`."""
     limit_memory()
-    counts = [0] * len(OUTCOMES)
-    for number in range(start, stop):
+    gc.freeze()
+    counts, parent = [0] * len(OUTCOMES), os.getppid()
+    for number in numbers:
+        if os.getppid() != parent:
+            return
         struct.pack_into("<Q", shared, 0, number)
         seed, data, sealed = make_input(seeds, number)
-        outcome = capped(place(folder, data), seed, sealed, read_first=number % 8 == 0)
+        outcome = capped(place(folder, data), seed, sealed, "verify" if number // 16 % 4 == 0 else "read")
         kind = outcome.split(":")[0]
         counts[OUTCOMES.index(kind)] += 1
         struct.pack_into(f"<{len(OUTCOMES)}Q", shared, 8, *counts)
         if kind in ("exception", "memory", "missed"):
-            with failures.open("a") as log:
+            with (folder / "failures.jsonl").open("a") as log:
                 log.write(json.dumps([number, outcome]) + "\n")
-    struct.pack_into("<Q", shared, 0, stop)
+    struct.pack_into("<Q", shared, 0, numbers.stop)
 
 
-def child(task: object, *args: object) -> int:
-    """Run ``task`` in a forked child; return 0, its exit status, or minus the signal that ended it."""
+def start(task: object, *args: object) -> int:
+    """Run ``task`` in a forked child; return its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -114,7 +122,12 @@ def child(task: object, *args: object) -> int:
             status = task(*args) or 0  # type: ignore[operator]
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
+
+
+def child(task: object, *args: object) -> int:
+    """Run ``task`` in a forked child; return 0, its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(task, *args), 0)[1])
 
 
 def trial(seed: _fuzz.Seed, data: bytes, sealed: bool, folder: Path) -> str:
@@ -171,36 +184,68 @@ def keep(corpus: Path, seeds: list[_fuzz.Seed], number: int, kind: str, folder: 
     (corpus / f"{slug}-{number}.json").write_text(json.dumps(entry) + "\n")
 
 
+def batch(seeds: list[_fuzz.Seed], numbers: range, workers: int, folder: Path) -> tuple[Counter[str], list[list[Any]]]:
+    """Give ``numbers`` to ``workers`` children, and a new child what a dead one left.
+
+    Returns:
+        How often each outcome was seen, and (number, failure) of what was none of the accepted ones.
+    """
+    totals: Counter[str] = Counter()
+    failures: list[list[Any]] = []
+    running: dict[int, tuple[range, mmap.mmap, Path]] = {}
+
+    def begin(left: range, own: Path) -> None:
+        shared = mmap.mmap(-1, 4096)
+        running[start(work, seeds, left, shared, own)] = left, shared, own
+
+    for worker in range(workers):
+        own = folder / str(worker)
+        own.mkdir(exist_ok=True)
+        begin(numbers[worker::workers], own)
+    while running:
+        pid, status = os.wait()
+        left, shared, own = running.pop(pid)
+        at, *counts = struct.unpack_from(f"<{1 + len(OUTCOMES)}Q", shared, 0)
+        totals.update({name: n for name, n in zip(OUTCOMES, counts, strict=True) if n})
+        if at != left.stop and at not in left:
+            raise RuntimeError(f"a child ended with status {status} before its first input")
+        if at in left:
+            failures.append([at, name_status(os.waitstatus_to_exitcode(status)) or "exception:worker"])
+            totals[failures[-1][1].split(":")[0]] += 1
+            begin(left[left.index(at) + 1 :], own)
+    for log in folder.glob("*/failures.jsonl"):
+        failures += [json.loads(line) for line in log.read_text().splitlines()]
+        log.unlink()
+    return totals, failures
+
+
 def run(args: argparse.Namespace, folder: Path) -> None:
     """Fuzz until the number of inputs or the time is reached."""
     counter = args.corpus / "COUNTER.json"
-    state = json.loads(counter.read_text()) if counter.exists() else {"inputs": 0, "seconds": 0.0, "outcomes": {}}
+    state = json.loads(counter.read_text())
+    section = state["sections"][-1]
     seeds = load_seeds(args.corpus)
-    began, first = time.monotonic(), state["inputs"]
-    earlier = state["seconds"]
-    totals = Counter(state["outcomes"])
-    failures = folder / "failures.jsonl"
+    began, totals = time.monotonic(), Counter(section["outcomes"])
+    earlier = {"seconds": section["seconds"], "cpu_seconds": section["cpu_seconds"]}
+    first = state["inputs"]
     while state["inputs"] < args.inputs and time.monotonic() - began < args.seconds:
-        shared = mmap.mmap(-1, 4096)
-        start = state["inputs"]
-        stop = min(start + args.batch, args.inputs)
-        failures.unlink(missing_ok=True)
-        fatal = name_status(child(work, seeds, start, stop, shared, folder, failures))
-        at, *counts = struct.unpack_from(f"<{1 + len(OUTCOMES)}Q", shared, 0)
-        totals.update({name: n for name, n in zip(OUTCOMES, counts, strict=True) if n})
-        found = [json.loads(line) for line in failures.read_text().splitlines()] if failures.exists() else []
-        if at < stop:
-            found.append([at, fatal or "exception:worker"])
-            totals[found[-1][1].split(":")[0]] += 1
-        for number, kind in found:
+        at = section["first"] + section["inputs"]
+        numbers = range(at, at + min(args.batch, args.inputs - state["inputs"]))
+        found, failures = batch(seeds, numbers, args.workers, folder)
+        totals += found
+        for number, kind in failures:
+            print(f"input {number}: {kind}", flush=True)
             keep(args.corpus, seeds, number, kind, folder)
-        state["inputs"] = min(at + 1, stop)
-        state["seconds"] = round(earlier + time.monotonic() - began, 1)
-        state["outcomes"] = dict(sorted(totals.items()))
+        seconds, usage = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        section["inputs"] += len(numbers)
+        state["inputs"] += len(numbers)
+        section["seconds"] = round(earlier["seconds"] + seconds, 1)
+        section["cpu_seconds"] = round(earlier["cpu_seconds"] + usage.ru_utime + usage.ru_stime, 1)
+        section["outcomes"] = dict(sorted(totals.items()))
         counter.with_suffix(".tmp").write_text(json.dumps(state, indent=1) + "\n")
         counter.with_suffix(".tmp").replace(counter)
-        rate = (state["inputs"] - first) / (time.monotonic() - began)
-        print(f"{state['inputs']:,} inputs, {rate:.0f}/s: {state['outcomes']}", flush=True)
+        rate = (state["inputs"] - first) / seconds
+        print(f"{state['inputs']:,} inputs, {rate:.0f}/s: {section['outcomes']}", flush=True)
 
 
 def main() -> None:
@@ -208,7 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="stop at this number in total")
     parser.add_argument("--seconds", type=float, default=3600.0)
-    parser.add_argument("--batch", type=int, default=BATCH, help="inputs per child")
+    parser.add_argument("--batch", type=int, default=BATCH, help="inputs between two notes in COUNTER.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--corpus", type=Path, default=ROOT / "tests" / "store" / "corpus")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm"))
     args = parser.parse_args()

@@ -8,6 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +47,9 @@ class GuardedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._examined: set[int] = set()
+        self._groups: dict[str, h5py.Group] = {}
+        self._members: dict[str, list[str]] = {}
+        self._plain: set[str] = set()
         self.size, root = _check_superblock(self.path)
         with self.path.open("rb") as raw:
             self._check_object("/", root, raw.fileno())
@@ -54,6 +58,7 @@ class GuardedFile:
     def _open(self) -> None:
         with self.reading("/"):
             self._file = h5py.File(self.path, "r")
+        self._groups.clear()
         self.pid = os.getpid()
 
     @property
@@ -92,15 +97,20 @@ class GuardedFile:
         Raises:
             FormatError: soft or external links, or an absurd number of entries.
         """
-        group = self.group(key)
+        if key in self._members:
+            return self._members[key]
+        group, links = self.group(key), []
         with self.reading(key):
             if len(group) > MAX_EXTENT:
                 raise self.refuse(key, f"has {len(group)} entries", f"at most {MAX_EXTENT}")
-            names = list(group)
-            self._check_names(key, names)
-            for name in names:
-                self._check_link(group, key, name)
-            return names
+            # The library fills one object again for every link.
+            group.id.links.iterate(lambda name, info: links.append((name, info.type, info.u)), info=True)
+            names = self._decoded(key, [name for name, _, _ in links])
+            above = key.rstrip("/")
+            for name, (_, kind, address) in zip(names, links, strict=True):
+                self._check_link(f"{above}/{name}", kind, address)
+        self._members[key] = names
+        return names
 
     def _check_object(self, key: str, address: int, handle: int | None = None) -> None:
         """Examine the header at ``address`` before libhdf5 opens it, once."""
@@ -121,11 +131,15 @@ class GuardedFile:
         )
 
     def group(self, key: str) -> h5py.Group:
-        """Return the group at the absolute path ``key``, following plain links only."""
-        found = self._walk(key)
-        if not isinstance(found, h5py.Group):
-            raise self.refuse(key, "is not a group", "a group")
-        return found
+        """Return the group at the absolute path ``key``, following plain links only. Opened once per file."""
+        if self.pid != os.getpid():
+            self._open()
+        if key not in self._groups:
+            found = self._open_object(key)
+            if not isinstance(found, h5py.h5g.GroupID):
+                raise self.refuse(key, "is not a group", "a group")
+            self._groups[key] = h5py.Group(found)
+        return self._groups[key]
 
     def attrs(self, key: str) -> dict[str, Any]:
         """Return the decoded attributes of a group: text, numbers, or what their JSON says."""
@@ -134,15 +148,17 @@ class GuardedFile:
             count = h5py.h5a.get_num_attrs(target.id)
             if count > _MAX_ATTRS:
                 raise self.refuse(key, f"has {count} attributes", f"at most {_MAX_ATTRS}")
-            names = list(target.attrs)
-            self._check_names(key, names)
-            return {name: self._attr(target, name) for name in names}
+            names: list[bytes] = []
+            h5py.h5a.iterate(target.id, names.append)
+            return {name: self._attr(target, name) for name in self._decoded(key, names)}
 
-    def _check_names(self, key: str, names: Sequence[str | bytes]) -> None:
-        # h5py gives bytes where a name is not UTF-8.
-        for name in names:
-            if isinstance(name, bytes):
-                raise self.refuse(key, f"holds the name {name!r:.80}, which is not UTF-8", "names in UTF-8")
+    def _decoded(self, key: str, names: Sequence[bytes]) -> list[str]:
+        try:
+            return [name.decode() for name in names]
+        except UnicodeDecodeError as error:
+            raise self.refuse(
+                key, f"holds the name {error.object!r:.80}, which is not UTF-8", "names in UTF-8"
+            ) from None
 
     def _attr(self, target: h5py.Group, name: str) -> Any:
         attr = h5py.h5a.open(target.id, name.encode())
@@ -156,34 +172,40 @@ class GuardedFile:
                 f"has shape {attr.shape}, {attr.get_storage_size()} bytes and HDF5 type class {kind.get_class()}",
                 f"one number or one fixed-length text of at most {_MAX_ATTR_BYTES} bytes",
             )
-        return decode_attr(target.attrs[name])
+        value = np.empty((), dtype=kind.dtype)
+        attr.read(value)
+        return decode_attr(value[()])
 
-    def _walk(self, key: str) -> Any:
+    def _open_object(self, key: str) -> h5py.h5g.GroupID | h5py.h5d.DatasetID | h5py.h5t.TypeID:
+        """Open what ``key`` leads to, after examining the link and the header behind it."""
+        above, _, name = key.rpartition("/")
+        if not name:
+            with self.reading(key):
+                return h5py.h5o.open(self.h5.id, b"/")
+        group = self.group(above or "/")
         with self.reading(key):
-            found: Any = self.h5["/"]
-            above = "/"
-            for name in filter(None, key.split("/")):
-                if not isinstance(found, h5py.Group):
-                    raise self.refuse(key, "lies below something that is not a group", "a group")
-                self._check_link(found, above, name)
-                found, above = found[name], f"{above.rstrip('/')}/{name}"
-            return found
+            if key not in self._plain:
+                self._find_link(group, key, name.encode())
+            return h5py.h5o.open(group.id, name.encode())
 
-    def _check_link(self, group: h5py.Group, key: str, name: str) -> None:
-        # The link itself is examined; h5py's own test for membership would follow it into another file.
+    def _find_link(self, group: h5py.Group, key: str, name: bytes) -> None:
+        # h5py's own test for membership would follow the link into another file.
         # Libraries have no name for a group whose link was forged, so it is not asked for.
-        where = f"{key.rstrip('/')}/{name}"
-        if not group.id.links.exists(name.encode()):
-            raise FormatError(f"{self.path}: {where} is missing. The file is not a complete recording. {_ADVICE}")
-        info = group.id.links.get_info(name.encode())
-        link = info.type
-        if link != h5py.h5l.TYPE_HARD:
-            kind = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}.get(link, "a link")
+        if not group.id.links.exists(name):
+            raise FormatError(f"{self.path}: {key} is missing. The file is not a complete recording. {_ADVICE}")
+        info = group.id.links.get_info(name)
+        self._check_link(key, info.type, info.u)
+
+    def _check_link(self, key: str, kind: int, address: int) -> None:
+        """Examine a link and the header behind it, once."""
+        if kind != h5py.h5l.TYPE_HARD:
+            kinds = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "an external link"}
             raise FormatError(
-                f"{self.path}: {where} is {kind}, which could lead to other files; recordings contain none. "
-                "The file was not written by driftlens; do not trust it."
+                f"{self.path}: {key} is {kinds.get(kind, 'a link')}, which could lead to other files; recordings "
+                "contain none. The file was not written by driftlens; do not trust it."
             )
-        self._check_object(where, info.u)
+        self._check_object(key, address)
+        self._plain.add(key)
 
     def array(self, key: str, shape: Sequence[int | None], dtypes: Sequence[str]) -> LazyArray:
         """Return dataset ``key`` after checking everything about it but its data.
@@ -197,20 +219,34 @@ class GuardedFile:
             FormatError: missing, a link, external or virtual storage, other filters, other type or shape,
                 or a shape that is larger than what is stored.
         """
-        dataset = self._walk(key)
-        if not isinstance(dataset, h5py.Dataset):
+        found = self._open_object(key)
+        if not isinstance(found, h5py.h5d.DatasetID):
             raise self.refuse(key, "is not a dataset", "a dataset")
         with self.reading(key):
-            self._check_type(key, dataset, dtypes)
-            self._check_layout(key, dataset)
-            self._check_shape(key, dataset, shape)
-        return LazyArray(self, key, dataset)
+            dtype = self._check_type(key, found, dtypes)
+            chunks = self._check_layout(key, found, dtype.itemsize)
+            extent = self._check_shape(key, found, shape, chunks, dtype.itemsize)
+        return LazyArray(self, key, found, extent, dtype, chunks)
 
-    def _check_layout(self, key: str, dataset: h5py.Dataset) -> None:
-        plist = dataset.id.get_create_plist()
-        if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
-            raise self._foreign(key, "external storage" if plist.get_external_count() else "a virtual layout")
-        if plist.get_layout() != h5py.h5d.CHUNKED:
+    def _check_type(self, key: str, dataset: h5py.h5d.DatasetID, dtypes: Sequence[str]) -> np.dtype[Any]:
+        kind = dataset.get_type()
+        text = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+        if text or isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)):
+            dtype: np.dtype[Any] = kind.dtype
+            found = "S" if text else dtype.str
+        else:
+            found = f"HDF5 type class {kind.get_class()}"
+        if found not in dtypes:
+            raise self.refuse(key, f"has type {found}", " or ".join(dtypes))
+        return dtype
+
+    def _check_layout(self, key: str, dataset: h5py.h5d.DatasetID, item: int) -> tuple[int, ...]:
+        """Return the extent of a chunk."""
+        plist = dataset.get_create_plist()
+        layout, external = plist.get_layout(), plist.get_external_count()
+        if layout == h5py.h5d.VIRTUAL or external:
+            raise self._foreign(key, "external storage" if external else "a virtual layout")
+        if layout != h5py.h5d.CHUNKED:
             raise self.refuse(key, "is not stored in chunks", "chunks with a checksum")
         filters = [plist.get_filter(index) for index in range(plist.get_nfilters())]
         numbers = [item[0] for item in filters]
@@ -218,28 +254,19 @@ class GuardedFile:
             raise self.refuse(key, f"has the HDF5 filters {numbers}", f"{_FILTERS} (bitshuffle, fletcher32)")
         # The filter's C code divides by the item size and trusts the block size that the file names.
         parameters = filters[0][2][2:]
-        if parameters != (dataset.dtype.itemsize, 0, _LZ4):
-            raise self.refuse(
-                key, f"has the bitshuffle parameters {parameters}", f"{(dataset.dtype.itemsize, 0, _LZ4)}"
-            )
+        if parameters != (item, 0, _LZ4):
+            raise self.refuse(key, f"has the bitshuffle parameters {parameters}", f"{(item, 0, _LZ4)}")
+        chunks: tuple[int, ...] = plist.get_chunk()
+        return chunks
 
-    def _check_type(self, key: str, dataset: h5py.Dataset, dtypes: Sequence[str]) -> None:
-        kind = dataset.id.get_type()
-        if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str():
-            found = "S"
-        elif isinstance(kind, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)):
-            found = np.dtype(kind.dtype).str
-        else:
-            found = f"HDF5 type class {kind.get_class()}"
-        if found not in dtypes:
-            raise self.refuse(key, f"has type {found}", " or ".join(dtypes))
-
-    def _check_shape(self, key: str, dataset: h5py.Dataset, expected: Sequence[int | None]) -> None:
-        shape, chunks = dataset.shape, dataset.chunks
+    def _check_shape(
+        self, key: str, dataset: h5py.h5d.DatasetID, expected: Sequence[int | None], chunks: tuple[int, ...], item: int
+    ) -> tuple[int, ...]:
+        """Return the extent."""
+        shape: tuple[int, ...] = dataset.shape
         if len(shape) != len(expected) or any(e not in (None, n) for n, e in zip(shape, expected, strict=True)):
             wanted = "[" + ", ".join("any" if e is None else str(e) for e in expected) + "]"
             raise self.refuse(key, f"has shape {list(shape)}", wanted)
-        item = dataset.dtype.itemsize
         chunk_bytes, total = item, item
         n_chunks = 1
         for n, c in zip(shape, chunks, strict=True):
@@ -250,15 +277,16 @@ class GuardedFile:
                 f"declares {total:,} bytes in chunks of {chunk_bytes:,}",
                 f"at most {MAX_DATASET_BYTES:,} in chunks of at most {MAX_CHUNK_BYTES:,}",
             )
-        stored = dataset.id.get_storage_size()
+        stored = dataset.get_storage_size()
         # The count is asked last: it walks the index, whose length the checks above have bounded by the file's size.
         if stored > self.size or n_chunks * chunk_bytes > stored * MAX_COMPRESSION_RATIO:
             raise self.refuse(
                 key, f"declares {total:,} bytes but stores {stored:,}", "a shape that fits what is stored"
             )
-        found = dataset.id.get_num_chunks()
+        found = dataset.get_num_chunks()
         if found != n_chunks:
             raise self.refuse(key, f"has {found} stored chunks", f"{n_chunks} for shape {list(shape)}")
+        return shape
 
 
 class LazyArray:
@@ -270,11 +298,16 @@ class LazyArray:
         dtype: stored type; token values are usually float16, compute in float32 or wider.
     """
 
-    def __init__(self, file: GuardedFile, key: str, dataset: h5py.Dataset) -> None:
-        self.key = key
-        self.shape: tuple[int, ...] = dataset.shape
-        self.dtype: np.dtype[Any] = dataset.dtype
-        self.chunks: tuple[int, ...] = dataset.chunks
+    def __init__(
+        self,
+        file: GuardedFile,
+        key: str,
+        dataset: h5py.h5d.DatasetID,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        chunks: tuple[int, ...],
+    ) -> None:
+        self.key, self.shape, self.dtype, self.chunks = key, shape, dtype, chunks
         self._file, self._dataset, self._pid = file, dataset, file.pid
         self._n_chunks = math.prod(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))
         self._sound: set[tuple[int, ...]] = set()
@@ -296,23 +329,34 @@ class LazyArray:
             NotFoundError: the recording was closed.
         """
         if self._pid != os.getpid():
-            self._dataset, self._pid = self._file.h5[self.key], os.getpid()
-        if not self._dataset:
+            self._dataset, self._pid = self._file.h5[self.key].id, os.getpid()
+            self.__dict__.pop("_slicer", None)
+        if not self._dataset.valid:
             raise NotFoundError(f"{self._file.path} was closed before {self.key} was read; open it again.")
         try:
             self._check_chunks(index)
-            return np.asarray(self._dataset[index])
+            if index is not Ellipsis:
+                return np.asarray(self._slicer[index])
+            whole = np.empty(self.shape, self.dtype)
+            self._dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, whole)
+            return whole
         except (OSError, RuntimeError, MemoryError, _ChunkError) as error:
             raise self._file.damaged(self.key, error) from error
+
+    @cached_property
+    def _slicer(self) -> h5py.Dataset:
+        # h5py keeps its plan of reading only where it is told that nobody writes.
+        return h5py.Dataset(self._dataset, readonly=True)
 
     def _check_chunks(self, index: Any) -> None:
         """Examine every chunk that ``index`` touches, each once."""
         if len(self._sound) == self._n_chunks:
             return
         spans = zip(_spans(index, self.shape), self.chunks, strict=True)
+        item = self.dtype.itemsize
         for corner in itertools.product(*(range(low // c * c, high, c) for (low, high), c in spans)):
             if corner not in self._sound:
-                check_chunk(self._dataset, corner)
+                check_chunk(self._dataset, corner, item, item * math.prod(self.chunks))
                 self._sound.add(corner)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -326,7 +370,7 @@ class _ChunkError(Exception):
     """A stored chunk that must not reach the filter."""
 
 
-def check_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> None:
+def check_chunk(dataset: h5py.h5d.DatasetID, corner: tuple[int, ...], item: int, total: int) -> None:
     """Compare what a stored chunk declares with what its dataset needs, before the filter's C code trusts it.
 
     Bitshuffle stores the length of the chunk and of a block (8 and 4 bytes), then every block with its compressed
@@ -336,13 +380,13 @@ def check_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> None:
     Args:
         dataset: the dataset.
         corner: index of the first value of the chunk.
+        item: bytes of a value.
+        total: bytes of a whole chunk without filters.
 
     Raises:
         _ChunkError: lengths that do not add up, or filters (the checksum among them) that the chunk skips.
     """
-    item = dataset.dtype.itemsize
-    total = item * math.prod(dataset.chunks)
-    mask, raw = dataset.id.read_direct_chunk(corner)
+    mask, raw = dataset.read_direct_chunk(corner)
     end = len(raw) - 4
     sound = mask == 0 and end >= _CHUNK_HEAD
     if sound:
@@ -361,6 +405,8 @@ def check_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> None:
 
 def _spans(index: Any, shape: Sequence[int]) -> list[tuple[int, int]]:
     """Return per axis the first index that ``index`` may touch and the one after the last; whole axes when in doubt."""
+    if index is Ellipsis:
+        return [(0, n) for n in shape]
     parts = list(index) if isinstance(index, tuple) else [index]
     simple = all(isinstance(part, (int, np.integer, slice)) or part is Ellipsis for part in parts)
     gaps = [at for at, part in enumerate(parts) if part is Ellipsis]

@@ -227,6 +227,7 @@ class Recording:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.file = GuardedFile(self.path)
+        self._columns: dict[str, LazyArray] = {}
         try:
             self._load()
         except BaseException:
@@ -311,7 +312,9 @@ class Recording:
         return np.searchsorted(probe, np.arange(len(self.probes) + 1))
 
     def _column(self, name: str) -> LazyArray:
-        return self.file.array(f"/tokens/{name}", (self.n_tokens,), (TOKEN_COLUMNS[name],))
+        if name not in self._columns:
+            self._columns[name] = self.file.array(f"/tokens/{name}", (self.n_tokens,), (TOKEN_COLUMNS[name],))
+        return self._columns[name]
 
     def _probe_number(self, probe: str | int) -> int:
         if isinstance(probe, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Final
 
 __all__ = ["ForeignStorageError", "StructureError", "check_object"]
@@ -22,6 +22,7 @@ _MAX_CONTINUATIONS: Final = 1024
 _MAX_TYPE_BYTES: Final = 1 << 26
 _MAX_POINTS: Final = 1 << 62
 _NODE_BYTES: Final = 512
+_WINDOW: Final = 1024
 # Type of a B-tree's records -> their length: large objects of a heap, links by name, attributes by name.
 _RECORD_BYTES: Final = {1: 24, 5: 11, 8: 17}
 
@@ -63,19 +64,24 @@ def _need(condition: bool, what: str) -> None:
 class _Object:
     def __init__(self, handle: int, size: int) -> None:
         self.handle, self.size = handle, size
+        self.start, self.window = 0, b""
 
     def read(self, address: int, length: int, signature: bytes = b"") -> bytes:
-        _need(0 < address <= self.size and 0 <= length <= self.size - address, f"a part at byte {address:,} outside")
-        data = os.pread(self.handle, length, address)
-        _need(data.startswith(signature), f"no {signature.decode()} at byte {address:,}")
+        if not (0 < address <= self.size and 0 <= length <= self.size - address):
+            raise StructureError(f"its metadata has a part at byte {address:,} outside")
+        at = address - self.start
+        if not 0 <= at <= len(self.window) - length:
+            # The parts of an object mostly follow each other.
+            self.start, self.window, at = address, os.pread(self.handle, max(length, _WINDOW), address), 0
+        data = self.window[at : at + length]
+        if not data.startswith(signature):
+            raise StructureError(f"its metadata has no {signature.decode()} at byte {address:,}")
         return data
 
     def check(self, address: int) -> None:
-        found: dict[int, list[bytes]] = {}
-        for kind, body in self.messages(address):
-            found.setdefault(kind, []).append(body)
-        for kind in (SPACE, LINK_INFO, TYPE, FILL, LAYOUT, GROUP_INFO, FILTERS, ATTRIBUTE_INFO):
-            _need(len(found.get(kind, ())) <= 1, f"two messages of type {kind}")
+        found = self.messages(address)
+        for kind in _ONCE & found.keys():
+            _need(len(found[kind]) == 1, f"two messages of type {kind}")
         for body in found.get(ATTRIBUTE, ()):
             _attribute(body)
         for kind in (LINK_INFO, ATTRIBUTE_INFO):
@@ -95,7 +101,8 @@ class _Object:
                 _fill(body, item)
             self.layout(found[LAYOUT][0], extent, limit, item)
 
-    def messages(self, address: int) -> Iterator[tuple[int, bytes]]:
+    def messages(self, address: int) -> dict[int, list[bytes]]:
+        """Return the bodies of all messages of a header by their type."""
         head = self.read(address, min(64, self.size - address), b"OHDR")
         version, flags = head[4], head[5]
         _need(version == 2 and flags < 64, f"a header of version {version}")
@@ -103,20 +110,21 @@ class _Object:
         width = 1 << (flags & 3)
         length = int.from_bytes(head[at : at + width], "little")
         parts = [(address + at + width, length)]
-        total, seen = 0, set()
+        total = 0
+        seen: set[int] = set()
+        found: dict[int, list[bytes]] = {}
         while parts:
             start, length = parts.pop(0)
             total += length
             _need(total <= _MAX_HEADER_BYTES and start not in seen, "a header without end")
             seen.add(start)
-            for kind, body in _split(self.read(start, length), 6 if flags & 4 else 4):
-                if kind == CONTINUATION:
-                    place, extent = struct.unpack_from("<QQ", body)
-                    self.read(place, 4, b"OCHK")
-                    _need(extent >= 8 and len(seen) < _MAX_CONTINUATIONS, "an impossible continuation")
-                    parts.append((place + 4, extent - 8))
-                else:
-                    yield kind, body
+            _split(self.read(start, length), 6 if flags & 4 else 4, found)
+            for body in found.pop(CONTINUATION, ()):
+                place, extent = struct.unpack_from("<QQ", body)
+                self.read(place, 4, b"OCHK")
+                _need(extent >= 8 and len(seen) < _MAX_CONTINUATIONS, "an impossible continuation")
+                parts.append((place + 4, extent - 8))
+        return found
 
     def dense(self, body: bytes, counter: int) -> None:
         """Links or attributes that are stored outside the header: a heap and a B-tree of their names."""
@@ -246,23 +254,31 @@ def _levels(record: int, depth: int) -> list[tuple[int, int]]:
     return levels
 
 
-def _split(data: bytes, head: int) -> Iterator[tuple[int, bytes]]:
-    """Yield type and body of every message of one part of a header."""
-    at = 0
-    while at + head <= len(data):
-        kind, length, flags = struct.unpack_from("<BHB", data, at)
+def _split(data: bytes, head: int, found: dict[int, list[bytes]]) -> None:
+    """Add the body of every message of one part of a header to those of its type."""
+    at, last = 0, len(data) - head
+    while at <= last:
+        kind, length, flags = _HEAD.unpack_from(data, at)
         at += head
-        _need(kind in _KNOWN and length <= len(data) - at, f"a message of type {kind} that does not fit")
-        _need(not flags & 2, "a shared message")
-        yield kind, data[at : at + length]
+        if kind not in _KNOWN or length > len(data) - at:
+            raise StructureError(f"its metadata has a message of type {kind} that does not fit")
+        if flags & 2:
+            raise StructureError("its metadata has a shared message")
+        if kind:
+            found.setdefault(kind, []).append(data[at : at + length])
         at += length
 
 
+_HEAD: Final = struct.Struct("<BHB")
 _KNOWN: Final = frozenset(
     (NIL, SPACE, LINK_INFO, TYPE, FILL, LINK, EXTERNAL, LAYOUT, GROUP_INFO, FILTERS, ATTRIBUTE, CONTINUATION)
 ) | {ATTRIBUTE_INFO, REFERENCES}
+_ONCE: Final = frozenset((SPACE, LINK_INFO, TYPE, FILL, LAYOUT, GROUP_INFO, FILTERS, ATTRIBUTE_INFO))
+# The messages of a recording's datasets resemble each other: most of them were examined before.
+_remembered: Final = lru_cache(256)
 
 
+@_remembered
 def _space(body: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return extent and largest extent of a dataspace."""
     version, rank, flags, kind = struct.unpack_from("<4B", body)
@@ -275,23 +291,23 @@ def _space(body: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return extent, limit
 
 
+@_remembered
 def _type(body: bytes, depth: int) -> tuple[int, int]:
     """Return the bytes of one value and the bytes of its description."""
     _need(depth < 8, "a type without end")
     version, kind = body[0] >> 4, body[0] & 15
     bits, size = int.from_bytes(body[1:4], "little"), struct.unpack_from("<I", body, 4)[0]
     _need(0 < version < 6 and 0 < size <= _MAX_TYPE_BYTES, "an unknown type")
-    parts: dict[int, Callable[[], int]] = {
-        0: lambda: _integer(body, size),
-        1: lambda: _float(body, size),
-        3: lambda: 8,
-        4: lambda: _integer(body, size),
-        6: lambda: _compound(body, version, bits & 0xFFFF, size, depth),
-        7: lambda: 8,
-        9: lambda: 8 + _type(body[8:], depth + 1)[1],
-    }
-    _need(kind in parts, f"a type of class {kind}")
-    return size, parts[kind]()
+    if kind in (0, 4):
+        return size, _integer(body, size)
+    if kind == 1:
+        return size, _float(body, size)
+    if kind in (3, 7):
+        return size, 8
+    if kind == 6:
+        return size, _compound(body, version, bits & 0xFFFF, size, depth)
+    _need(kind == 9, f"a type of class {kind}")
+    return size, 8 + _type(body[8:], depth + 1)[1]
 
 
 def _integer(body: bytes, size: int) -> int:
@@ -327,6 +343,7 @@ def _fill(body: bytes, item: int) -> None:
         _need(length == item and 6 + length <= len(body), "a fill value of another type")
 
 
+@_remembered
 def _attribute(body: bytes) -> None:
     version, flags, name, kind, space = struct.unpack_from("<BBHHH", body)
     _need(version == 3 and flags == 0 and name > 1, "an unknown attribute")
@@ -338,6 +355,7 @@ def _attribute(body: bytes) -> None:
     _need(used <= kind and (empty or at + kind + space + item * math.prod(extent) <= len(body)), "a cut attribute")
 
 
+@_remembered
 def _filters(body: bytes) -> None:
     _need(body[0] == 2 and 0 < body[1] <= 8, "an unknown list of filters")
     at = 2

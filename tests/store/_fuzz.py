@@ -6,7 +6,6 @@ therefore *sealed*: they know where blocks, messages, addresses and chunks lie a
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
 import struct
@@ -21,6 +20,7 @@ import numpy as np
 
 from driftlens.errors import DriftLensError
 from driftlens.store import open_recording, verify_recording
+from driftlens.store.schema import REFERENCE_VALUES
 
 SIGNATURES = (b"OHDR", b"OCHK", b"FRHP", b"FHDB", b"FHIB", b"BTHD", b"BTLF", b"BTIN", b"FAHD", b"FADB", b"EAHD",
               b"EAIB", b"EASB", b"EADB", b"FSHD", b"FSSE", b"SMTB", b"SMLI")  # fmt: skip
@@ -199,27 +199,40 @@ def everything(path: Path) -> list[Any]:
         for anchor in r.gram_checkpoints:
             grams = r.grams(anchor) or {}
             out.append({key: {name: a.tobytes() for name, a in group.items()} for key, group in grams.items()})
+        for inner in (group.reference for group in r.groups if group.reference is not None):
+            out += [inner.read(name, probe).tobytes() for probe in r.probes for name in REFERENCE_VALUES]
+            out.append({name: array.tobytes() for name, array in inner.stats.items()})
+            out.append({name: array[...].tobytes() for name, array in (inner.grams or {}).items()})
         return out
 
 
-def judge(path: Path, seed: Seed, *, read_first: bool = False) -> str:
+def judge(path: Path, seed: Seed, first: str = "both") -> str:
     """Say what the reader makes of a file.
 
-    ``refused`` by verify with a named problem, ``equal`` or ``different`` content without any complaint, ``missed``
-    where verify overlooks what reading meets. Any exception outside the family of DriftLens leaves it: it is a fault of
-    the reader. ``read_first`` opens and reads a file although verify would complain, as a hasty user does.
+    ``refused`` with a named problem, ``equal`` or ``different`` content without any complaint, ``missed`` where verify
+    overlooks what reading meets. Any exception outside the family of DriftLens leaves it: it is a fault of the reader.
+
+    Args:
+        path: the file.
+        seed: what it was made of.
+        first: ``verify``, and a complete read of what it accepts, as a careful user does; ``read``, completely, and
+            verify where nothing is refused, as a hasty one does; ``both`` in any case.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if read_first:
-            with contextlib.suppress(DriftLensError):
-                everything(path)
+        if first != "verify":
+            try:
+                found = everything(path)
+            except DriftLensError:
+                if first == "read":
+                    return "refused"
         if verify_recording(path):
             return "refused"
-        try:
-            found = everything(path)
-        except DriftLensError:
-            return "missed"
+        if first != "read":
+            try:
+                found = everything(path)
+            except DriftLensError:
+                return "missed"
     return "equal" if found == seed.content else "different"
 
 
@@ -227,7 +240,14 @@ def judge(path: Path, seed: Seed, *, read_first: bool = False) -> str:
 
 
 def mutate(seed: Seed, rng: random.Random) -> tuple[bytes, bool]:
-    """Return a mutated file, and whether its checksums were repaired (a forgery, not an accident)."""
+    """Return a file that differs from the seed, and whether its checksums were repaired (a forgery, no accident)."""
+    while True:
+        data, sealed = _mutate(seed, rng)
+        if data != seed.data:
+            return data, sealed
+
+
+def _mutate(seed: Seed, rng: random.Random) -> tuple[bytes, bool]:
     data = bytearray(seed.data)
     if rng.random() < 0.35:
         for _ in range(rng.choice((1, 1, 1, 2, 4))):

@@ -64,7 +64,7 @@ def test_inputs_depend_on_their_number_alone(seeds: dict[str, _fuzz.Seed]) -> No
 
 def test_a_repaired_checksum_is_the_one_that_hdf5_computes(seeds: dict[str, _fuzz.Seed]) -> None:
     for seed in seeds.values():
-        assert len(seed.blocks) > 100
+        assert len(seed.blocks) > 60
         assert len(seed.chunks) > 20
         for start, length in seed.blocks:
             stored = int.from_bytes(seed.data[start + length : start + length + 4], "little")
