@@ -42,6 +42,7 @@ def match_experts(
     run_b: Run,
     checkpoint: int | str | None = None,
     *,
+    checkpoint_b: int | str | None = None,
     profile: Profile = "responsibility",
     unit: Unit = "token",
     exchange: Exchange = "probes",
@@ -54,7 +55,8 @@ def match_experts(
     Args:
         run_a: its experts label the result.
         run_b: a run recorded on the same probes.
-        checkpoint: index or name, the same in both; None for the last one that both recorded.
+        checkpoint: index or name; None for the last one that both recorded.
+        checkpoint_b: that of ``run_b``, where it is another one.
         profile: ``"responsibility"``: an expert's share of the update (metrics.md section 3b); ``"gate"``: its share of
             the gate, for native experts, whose single outputs were not recorded.
         unit: entries of a profile. Means over samples lose what experts do within one; they are for large recordings.
@@ -84,7 +86,8 @@ def match_experts(
     _choose("profile", profile, get_args(Profile))
     _choose("unit", unit, get_args(Unit))
     point = _common_checkpoint(run_a, run_b) if checkpoint is None else checkpoint
-    with run_a.recording(point) as first, run_b.recording(point) as second:
+    point_b = point if checkpoint_b is None else checkpoint_b
+    with run_a.recording(point) as first, run_b.recording(point_b) as second:
         check_aligned({str(first.path): first, str(second.path): second})
         shared = _shared_sites(first, second)
         probe, sample = _units(first)
@@ -97,7 +100,7 @@ def match_experts(
     pairings = null_pairings(probe, sample, draws=draws, seed=seed, exchange=exchange)
     found, others = match_profiles(ours, theirs, pairings, level=level), other_site_scores(ours, theirs)
     about: dict[str, Any] = {"run_a": str(run_a.path), "run_b": str(run_b.path)}
-    about |= {f"checkpoint_{end}": _checkpoint_name(run, point) for end, run in (("a", run_a), ("b", run_b))}
+    about |= {"checkpoint_a": _checkpoint_name(run_a, point), "checkpoint_b": _checkpoint_name(run_b, point_b)}
     about |= {"profile": profile, "unit": unit, "exchange": exchange, "draws": draws, "seed": seed, "level": level}
     about |= {"units": len(probe), "other_sites": len(others)}
     return _dataset(found, others, profiles, shared, first, second, about)

@@ -126,7 +126,7 @@ def reroute_bars(runs: Sequence[Run], *, measure: Measure = "strict", theme: str
     figure.update_yaxes(title_text=_TITLES[measure], rangemode="tozero", nticks=6, col=1)
     if measure != "nll":
         figure.update_yaxes(range=[0, 1.04], tickformat=".0%")
-    absent = plain(", ".join(sorted({run.method for run in runs} - set(methods))), 30)
+    absent = plain(", ".join(sorted({run.method for run in runs} - set(methods))), 48)
     figure.update_layout(
         barmode="group",
         bargap=0.25,

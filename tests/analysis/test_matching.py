@@ -145,3 +145,15 @@ def test_runs_of_other_widths_are_matched_as_far_as_experts_go(folder: Path, fir
     np.testing.assert_array_equal(before["partner"], np.tile(np.arange(4), (4, 1)))
     table = dl.align_experts(first, grown, "load", matching=dl.match_experts(first, grown, 2, draws=200))
     np.testing.assert_allclose(table["load_a"], table["load_b"])
+
+
+def test_checkpoints_of_one_run_are_matched_with_themselves(folder: Path) -> None:
+    slow = open_run(make_run(folder / "slow", drift=0.1))
+    found = dl.match_experts(slow, slow, 1, checkpoint_b="03-country", draws=200)
+    np.testing.assert_array_equal(found["partner"], np.tile(np.arange(4), (4, 1)))
+    assert (found.attrs["checkpoint_a"], found.attrs["checkpoint_b"]) == ("01-digit", "03-country")
+    assert float(found["overall_p"]) < 0.01
+    table = dl.align_experts(slow, slow, "load", matching=found)
+    np.testing.assert_array_equal(table["load_a"].where(table["aligned"]), table["load_a"])
+    expected = slow.drift["load"].sel(checkpoint=3).where(table["aligned"])
+    np.testing.assert_array_equal(table["load_b"].transpose("probe", "site", "expert"), expected)
