@@ -55,6 +55,9 @@ SCORES: Final = ("strict", "lenient", "nll")
 COMBINATIONS: Final = ("aa", "ca", "ac", "cc")
 """First letter router, second experts: a the anchor's, c the current one."""
 
+_LARGE_RESIDUAL: Final = 0.05
+"""Share of the rise above which a remark says that the residual is large."""
+
 _OPTIONAL: Final = ("swaps", "depth", "restores")
 _TABLES: Final = ("scores", "ledger", "tokens")
 
@@ -394,8 +397,9 @@ def attribution_rows(table: xr.Dataset) -> list[dict[str, Any]]:
         ``task``, ``anchor``, ``checkpoint``, ``checkpoint_name``, ``samples``; ``forgetting_SCORE``, ``rise``,
         ``ledger_router``, ``ledger_experts``, ``residual``, ``residual_share``, ``evaluations``, and with swaps
         ``phi_router_SCORE``, ``phi_experts_SCORE``, ``interaction_SCORE``, ``remainder_SCORE``, with ``_low`` and
-        ``_high``; ``largest``: the three sites with the largest entries; ``notes``: where the two accounts disagree.
-        None stands for what is undefined.
+        ``_high``; ``depth``: groups of layers with their Shapley value and its standard error; ``largest``: the three
+        sites with the largest entries; ``notes``: where the two accounts disagree, and where the residual is large.
+        NaN stands for what is undefined.
     """
     rows = []
     for row, column in np.argwhere(table["reason"].to_numpy() == 0):
@@ -419,6 +423,7 @@ def attribution_rows(table: xr.Dataset) -> list[dict[str, Any]]:
                     if name in cell
                     for key, value in _flat(cell, name, "score").items()
                 },
+                "depth": _depths(cell),
                 "largest": _largest(cell),
                 "notes": _notes(cell),
             }
@@ -438,6 +443,20 @@ def _flat(cell: xr.Dataset, name: str, dim: str | None = None) -> dict[str, floa
     }
 
 
+def _depths(cell: xr.Dataset) -> list[dict[str, Any]]:
+    """Return the groups of layers that this cell has, lowest first."""
+    if "depth_shapley" not in cell:
+        return []
+    columns = [f"depth_shapley{end}" for end in ("", "_low", "_high")] + ["depth_error"]
+    values = np.stack([cell[name].to_numpy() for name in columns])
+    keys = ("value", "low", "high", "error")
+    return [
+        {"layers": str(name), **dict(zip(keys, values[:, place].tolist(), strict=True))}
+        for place, name in enumerate(cell["depth"].to_numpy().tolist())
+        if np.isfinite(values[0, place])
+    ]
+
+
 def _largest(cell: xr.Dataset, count: int = 3) -> list[dict[str, Any]]:
     """Return the sites with the largest entries of either sign, largest first."""
     booked = cell["ledger_site"].transpose("site", "part").to_numpy()
@@ -451,10 +470,16 @@ def _largest(cell: xr.Dataset, count: int = 3) -> list[dict[str, Any]]:
 
 
 def _notes(cell: xr.Dataset) -> list[str]:
-    """Say where ledger and swaps of the same part have intervals that do not meet."""
-    if "phi_router" not in cell or not np.isfinite(float(cell["phi_router"].sel(score="nll"))):
-        return []
+    """Say where the residual is large, and where ledger and swaps of one part have intervals that do not meet."""
     notes = []
+    share = float(cell["residual_share"])
+    if abs(share) > _LARGE_RESIDUAL:
+        notes.append(
+            f"the residual is {100 * share:.0f} % of the rise; book it finer with --tolerance 0.01 (a top-k gate that "
+            "jumps leaves some whatever the nodes)"
+        )
+    if "phi_router" not in cell or not np.isfinite(float(cell["phi_router"].sel(score="nll"))):
+        return notes
     for part, name in (("router", "phi_router"), ("experts", "phi_experts")):
         ledger = [float(cell[f"ledger_part{end}"].sel(part=part)) for end in ("", "_low", "_high")]
         swaps = [float(cell[f"{name}{end}"].sel(score="nll")) for end in ("", "_low", "_high")]

@@ -166,6 +166,12 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     out.print("\nSites with the largest entries, nats booked to router and experts:", markup=False)
     for row in rows:
         out.print(f"  {printable(row['task'])} at {printable(row['checkpoint_name'])}", markup=False)
+        if row["depth"]:
+            parts = [
+                f"{group['layers'].removesuffix(' both')} {group['value']:+.3f} (se {group['error']:.3f})"
+                for group in row["depth"]
+            ]
+            out.print(f"    shared out by depth: {', '.join(parts)}", markup=False)
         for entry in row["largest"]:
             out.print(
                 f"    {printable(entry['site'])}  router {entry['router']:+.3f}  experts {entry['experts']:+.3f}",
