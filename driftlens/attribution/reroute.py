@@ -9,6 +9,7 @@ length finds for them. So it can recover more than the router ever lost, and les
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -54,6 +55,10 @@ _SCHEMA: Final = "1.0"
 _SCORING = 3.0
 """Progress units of scoring a task once, in training steps; only the ETA depends on it."""
 
+_Values = dict[str, dict[str, list[float | None]]]
+
+_SIGN: Final = {"strict": 1.0, "lenient": 1.0, "nll": -1.0}
+
 Report = Callable[[Progress], None]
 
 
@@ -65,7 +70,8 @@ class Rerouted:
         path: its file.
         about: what was compared and how: checkpoints and hashes, settings, number of router parameters, versions.
         samples: ids of the test samples.
-        values: by state (`COMBINATIONS`, `ANCHOR`, `REROUTED`) and measure one value per sample: 0 or 1, or nats.
+        values: by state (`COMBINATIONS`, `ANCHOR`, `REROUTED`) and measure one value per sample: 0 or 1, or nats; None
+            where a model that diverged gave no finite one.
         log: ``loss`` and ``gate_entropy`` (mean over sites, 0..1) of every training step.
         skipped: whether the file was there already.
     """
@@ -73,13 +79,13 @@ class Rerouted:
     path: Path
     about: Mapping[str, Any]
     samples: tuple[str, ...]
-    values: Mapping[str, Mapping[str, Sequence[float]]]
+    values: Mapping[str, Mapping[str, Sequence[float | None]]]
     log: Mapping[str, Sequence[float]]
     skipped: bool = False
 
     def scores(self, state: str, measure: Measure) -> Float64[np.ndarray, " sample"]:
-        """Return one score per sample, larger being better: a NLL with its sign turned."""
-        return (-1.0 if measure == "nll" else 1.0) * np.array(self.values[state][measure], dtype=np.float64)
+        """Return one score per sample, larger being better: a NLL with its sign turned. NaN for None."""
+        return _SIGN[measure] * np.array(self.values[state][measure], dtype=np.float64)
 
     def row(self, measure: Measure, *, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
         """Return what `driftlens reroute` prints: means over samples, and intervals of what was recovered.
@@ -94,7 +100,7 @@ class Rerouted:
         recovered = bootstrap_mean(by_state[REROUTED] - by_state["cc"], draws=draws, seed=seed)
         remaining = bootstrap_mean(by_state[ANCHOR] - by_state[REROUTED], draws=draws, seed=seed)
         swap = bootstrap_attribution(*(by_state[key] for key in COMBINATIONS), draws=draws, seed=seed)
-        plain = {state: float(np.mean(self.values[state][measure])) for state in self.values}
+        plain = {state: float(_SIGN[measure] * scores.mean()) for state, scores in by_state.items()}
         return {
             "task": self.about["task"],
             "checkpoint": self.about["current"],
@@ -312,9 +318,7 @@ class _Job:
         self.manifest.save()
         return result
 
-    def _states(
-        self, cell: _Cell, loaded: LoadedPair
-    ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    def _states(self, cell: _Cell, loaded: LoadedPair) -> tuple[_Values, dict[str, list[float]]]:
         """Score the swaps, retrain the routers, score again."""
         name = cell.task.name
         prefix = self._prefix(loaded)
@@ -329,8 +333,8 @@ class _Job:
         outcomes = dict(swapped.outcomes)
         outcomes[REROUTED] = task_scorer(loaded, cell.task.test, self.config.evaluation, prefix).score(loaded.model)
         self._advance(_SCORING, f"{name}: scored")
-        values: dict[str, dict[str, list[float]]] = {
-            state: {measure: [float(getattr(one, measure)) for one in scored] for measure in MEASURES}
+        values: _Values = {
+            state: {measure: [_finite(getattr(one, measure)) for one in scored] for measure in MEASURES}
             for state, scored in outcomes.items()
         }
         return values, log
@@ -402,6 +406,11 @@ class _Job:
     def _advance(self, units: float, message: str) -> None:
         self._done = min(self._total, self._done + units)
         self._progress(Progress(message, self._done, self._total))
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON holds it."""
+    return float(value) if math.isfinite(value) else None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from driftlens.attribution import reroute
 from driftlens.attribution.reroute import REROUTED, Rerouted, estimate_reroute, reroute_run, router_parameters
 from driftlens.attribution.swaps import ANCHOR, COMBINATIONS, MEASURES
-from driftlens.errors import ConfigError, NotFoundError, SiteError, UnknownNameError
+from driftlens.errors import ConfigError, DriftLensError, NotFoundError, SiteError, UnknownNameError
 from driftlens.store import Manifest
 from driftlens.training import Progress, train_run
 from driftlens.training.task_trainer import TaskTrainer
@@ -108,6 +108,21 @@ def test_row_splits_the_forgetting_into_what_came_back_and_what_did_not(run: Pat
         )  # fmt: skip
         assert 0 < row["gate_entropy_after"] <= 1
         assert result.log["loss"][0] != result.log["loss"][-1]
+
+
+def test_a_model_that_diverged_gives_no_number(again: Path) -> None:
+    def burst(weights: dict[str, torch.Tensor], old: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in weights if "moe_lora_B" in k]:
+            weights[key] = old[key] * torch.inf
+
+    overwrite_last(again, burst)
+    with pytest.raises(DriftLensError, match="no longer finite from step 1"):
+        reroute_run(again, tasks=["colour"], steps=1)
+    values = {state: {measure: [1.0, None] for measure in MEASURES} for state in (*COMBINATIONS, ANCHOR, REROUTED)}
+    about = {"task": "a", "current": "02-b", "settings": {"training": {"steps_per_task": 1}}}
+    result = Rerouted(again, about, ("0", "1"), values, {"gate_entropy": [0.5]})
+    assert np.isnan(result.scores("cc", "nll")).tolist() == [False, True]
+    assert np.isnan(result.row("nll", draws=2)["current"])
 
 
 def test_routers_alone_are_trained(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
