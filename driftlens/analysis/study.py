@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from driftlens.analysis.attribution import attribution_rows
 from driftlens.analysis.frames import metric_names
 from driftlens.analysis.frames import table as drift_table
 from driftlens.analysis.run import Run
@@ -141,10 +142,6 @@ def _forgetting(scores: xr.Dataset, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _attributed(run: Run, rows: pd.DataFrame) -> dict[str, FloatArray]:
     """The ledger's and the swaps' parts where the run was attributed: they need the model, so they are no drift."""
-    if not hasattr(run, "attribution"):
-        return {}
-    from driftlens.analysis.attribution import attribution_rows
-
     try:
         found = {(row["task"], row["checkpoint"]): row for row in attribution_rows(run.attribution)}
     except NotFoundError:

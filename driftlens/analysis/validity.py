@@ -67,6 +67,7 @@ _STATE: Final = frozenset(
 )
 """Measures of which no direction was expected: the sign that is found counts."""
 
+_DIFFERENCE: Final = ("measure", "simple", "target", "difference", "low", "high", "rows")
 _FEWEST: Final = 5
 """Rows below which a rank correlation is not formed."""
 
@@ -269,7 +270,7 @@ def correlate(
         "runs": int(rows["run"].nunique()),
         "clusters": study.clusters,
     }
-    return Validity(rows, frame, pd.DataFrame(against), pd.DataFrame(groups), about)
+    return Validity(rows, frame, pd.DataFrame(against, columns=list(_DIFFERENCE)), pd.DataFrame(groups), about)
 
 
 def _summary(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
