@@ -245,7 +245,8 @@ class _Stack:
             shape = [len(self._coords[dim]) for dim in (*_CELL, *dims)]
             self.arrays[name] = ((*_CELL, *dims), np.full(shape, np.nan))
         places = [self._places(dim, values.shape[axis], cell) for axis, dim in enumerate(dims)]
-        self.arrays[name][1][(*at, *np.ix_(*places))] = values
+        index: Any = (*at, *np.ix_(*places))
+        self.arrays[name][1][index] = values
 
     def _places(self, dim: str, count: int, cell: AttributedCell) -> NDArray[np.intp]:
         if dim not in ("site", "depth"):

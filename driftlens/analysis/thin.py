@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from driftlens.analysis.attribution import ATTRIBUTION_FILES
 from driftlens.analysis.cache import ANALYSIS_NAME, file_stamp, write_cache
 from driftlens.analysis.run import Run, open_run
 from driftlens.errors import ConfigError
@@ -20,9 +21,10 @@ _COPIED: Final = ("config.yaml", "scores.parquet", "train_log.parquet")
 def thin_run(run: Run | str | os.PathLike[str], out: str | os.PathLike[str], tokens_per_sample: int = 8) -> Path:
     """Write a copy of a run that is small enough to ship: what the tables and figures need, no weights.
 
-    The copy holds the configuration, scores, training log, adapter configurations, and thinned recordings: the exact
-    sums over all tokens, at most ``tokens_per_sample`` stored tokens of every sample, and Gram matrices of every pair
-    of checkpoints. Its analysis is that of the full run; if it is ever computed again, it is from the kept tokens.
+    The copy holds the configuration, scores, training log, adapter configurations, attribution, and thinned recordings:
+    the exact sums over all tokens, at most ``tokens_per_sample`` stored tokens of every sample, and Gram matrices of
+    every pair of checkpoints. Its analysis is that of the full run; if it is ever computed again, it is from the kept
+    tokens.
 
     Args:
         run: a run, or its path.
@@ -61,8 +63,10 @@ def thin_run(run: Run | str | os.PathLike[str], out: str | os.PathLike[str], tok
             created=source.created,
             complete=source.complete,
         )
-        configs = [name for name in source.files if name.endswith("/adapter_config.json")]
-        for name in [*(name for name in _COPIED if name in source.files), *configs]:
+        small = [
+            name for name in source.files if name.endswith("/adapter_config.json") or ATTRIBUTION_FILES.fullmatch(name)
+        ]
+        for name in [*(name for name in _COPIED if name in source.files), *small]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.trusted(name), folder / name)
             manifest.add(name)

@@ -224,7 +224,7 @@ class _Repair:
             parts = PurePosixPath(name).parts
             if parts[0] == "checkpoints" and len(parts) > 2:
                 damaged.setdefault(parts[1], []).append(name)
-            elif name in _TABLES or (parts[0] == "recordings" and self._can_record(name)):
+            elif name in _TABLES or (parts[0] == "recordings" and self._can_record(name)) or self._can_attribute(name):
                 self._drop(name)
             else:
                 self._say(self.run / name, "restore", f"{self._state(name)}. Restore it from a copy of the run.")
@@ -255,6 +255,13 @@ class _Repair:
         path = self.run / name
         return self.manifest.lists(f"checkpoints/{checkpoint}") or (self._own(path) and not verify_recording(path))
 
+    def _can_attribute(self, name: str) -> bool:
+        """Whether a file of `driftlens attribute` can be made again: the anchor's weights are in the run."""
+        path = PurePosixPath(name)
+        return path.parts[0] == "attribution" and self.manifest.lists(
+            f"checkpoints/{path.stem}/adapter_model.safetensors"
+        )
+
     def _drop(self, name: str) -> None:
         """Take a file that can be made again out of the manifest; a recording that proves itself is listed as it is."""
         path, state = self.run / name, self._state(name)
@@ -262,7 +269,11 @@ class _Repair:
         if recording and self._own(path) and not verify_recording(path):
             self._list(path, f"{state}, but it is a sound recording: it was finished before the manifest was.")
             return
-        again = f"driftlens record --run {self.run}" if recording else f"driftlens train --out {self.run} --resume"
+        again = f"driftlens train --out {self.run} --resume"
+        if recording:
+            again = f"driftlens record --run {self.run}"
+        elif name.startswith("attribution/"):
+            again = f"driftlens attribute {self.run}"
         if os.path.lexists(path) and self._inside(path):
             self._move_aside(path, f"{state}; made again by `{again}`.")
         else:

@@ -16,6 +16,7 @@ from driftlens.analysis.attribution import (
     tabulate,
 )
 from driftlens.analysis.run import Run, open_run
+from driftlens.analysis.thin import thin_run
 from driftlens.attribution.results import write_cell
 from driftlens.errors import ConfigError, FormatError, NotFoundError
 from driftlens.metrics import bootstrap_mean, forgetting_attribution
@@ -194,6 +195,8 @@ def test_a_run_reads_its_files_and_trusts_only_listed_ones(copy: Path) -> None:
     opened = _listed(copy, one)
     assert [row["task"] for row in attribution_rows(opened.attribution)] == [task]
     assert Manifest.load(copy).verify() == []
+    thin = open_run(thin_run(opened, copy.parent / "thin"))
+    xr.testing.assert_identical(thin.attribution, opened.attribution)
     stray = copy / "attribution" / names[3] / f"{names[2]}.h5"
     write_cell(stray, made_tables(3), one.about)
     assert len(attribution_rows(open_run(copy).attribution)) == 1

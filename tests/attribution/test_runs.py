@@ -37,6 +37,7 @@ from driftlens.errors import (
 from driftlens.recording import ProbeSample, ProbeSet
 from driftlens.recording.recorder import Progress
 from driftlens.store import Manifest, RunLock
+from driftlens.store.repair import repair_run
 from driftlens.streams import load_stream
 from driftlens.training import train_run
 from tests.attribution.support import save_pair, save_plain_pair
@@ -195,6 +196,15 @@ def test_a_checkpoint_that_was_trained_again_is_attributed_again(copy: Path) -> 
     manifest.add(weights)
     manifest.save()
     assert [s.skipped for s in attribute_run(copy, OPTIONS)] == [True, False]
+
+
+def test_repair_takes_a_damaged_file_out_to_be_made_again(copy: Path) -> None:
+    path = copy / "attribution" / "03-shape" / "01-colour.h5"
+    path.write_bytes(b"damaged")
+    done = repair_run(copy)
+    assert any("driftlens attribute" in step.why for step in done)
+    assert Manifest.load(copy).verify() == []
+    assert [summary.skipped for summary in attribute_run(copy, OPTIONS)] == [False, True]
 
 
 def test_all_checkpoints_and_chosen_tasks(fresh: Path) -> None:
