@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from driftlens.analysis.inputs import token_table_hash
     from driftlens.analysis.listing import RunEntry, list_runs
     from driftlens.analysis.matching import align_experts, match_experts
+    from driftlens.analysis.nulls import null_table
     from driftlens.analysis.pairs import Pair, PairGrams, Pass
     from driftlens.analysis.reference import reference_drift
     from driftlens.analysis.run import Checkpoint, Run, open_run
@@ -42,6 +43,7 @@ __all__ = [
     "list_runs",
     "match_experts",
     "metric_names",
+    "null_table",
     "open_run",
     "reference_drift",
     "summarise",
@@ -68,6 +70,7 @@ _HOMES = {
     "list_runs": "listing",
     "align_experts": "matching",
     "match_experts": "matching",
+    "null_table": "nulls",
     "Pair": "pairs",
     "PairGrams": "pairs",
     "Pass": "pairs",
