@@ -9,8 +9,9 @@ import xarray as xr
 
 from driftlens.analysis.datasets import Labels, build_tables
 from driftlens.analysis.engine import DriftArrays, Plan, measure_block
-from driftlens.analysis.inputs import check_aligned, read_grams, site_blocks, site_union
+from driftlens.analysis.inputs import Block, check_aligned, read_grams, site_blocks, site_union
 from driftlens.analysis.state import StateArrays, state_block
+from driftlens.analysis.threads import in_order
 from driftlens.errors import UnknownNameError
 from driftlens.store import Recording
 
@@ -69,10 +70,16 @@ def analyse(
     sites = site_union(recordings)
     drift, state = DriftArrays(plan, len(sites)), StateArrays(plan, sites)
     spans = [recordings[0].token_slice(probe) for probe in probes]
-    for block in site_blocks(sites, max(span.stop - span.start for span in spans), len(recordings)):
+    blocks = list(site_blocks(sites, max(span.stop - span.start for span in spans), len(recordings)))
+
+    def measure(block: Block) -> DriftArrays:
         grams = read_grams(recordings, names, block)
-        measure_block(plan, block, grams, drift)
         state_block(plan, block, grams, state)
+        return measure_block(plan, block, grams)
+
+    # In the order of the sites, whoever finishes first: sums over sites are the same on any number of cores.
+    for block, part in zip(blocks, in_order(measure, blocks), strict=True):
+        drift.merge(part, block.index)
     labels = Labels(
         checkpoints=indices,
         checkpoint_names=names,

@@ -1,7 +1,7 @@
 """Drift of every probe at every checkpoint and site, with intervals, noise floor, chance and reasons.
 
-The work is cut into blocks of sites; within a block one probe at a time is read at all checkpoints. Nothing loops over
-sites, experts or tokens.
+The work is cut into blocks of sites, which workers measure side by side; within a block one probe at a time is read at
+all checkpoints.
 """
 
 from __future__ import annotations
@@ -76,28 +76,42 @@ class DriftArrays:
         self._sum = {name: np.zeros((*shape[:2], plan.draws)) for name in self.names}
         self._count = {name: np.zeros((*shape[:2], plan.draws), dtype=np.int32) for name in self.names}
 
-    def add(
-        self, name: str, at: tuple[int, int], sites: NDArray[np.intp], observed: Composed, draws: Composed | None
-    ) -> None:
-        """Store one measure of one pair for a block of sites; ``draws`` holds [draws, S], None if too few samples."""
-        where = (*at, sites)
-        self.value[name][where] = observed.values[name]
+    def add(self, name: str, at: tuple[int, int], observed: Composed, draws: Composed | None) -> None:
+        """Store one measure of one pair at all sites; ``draws`` holds [draws, S], None if too few samples."""
+        self.value[name][at] = observed.values[name]
         reason = observed.reasons.get(name)
-        self.reason[name][where] = _plain_reason(observed.values[name]) if reason is None else reason
+        self.reason[name][at] = _plain_reason(observed.values[name]) if reason is None else reason
         if reason is not None:
             self.explained.add(name)
         if name in observed.chance:
             if name not in self.chance:
                 self.chance[name] = np.full(self.value[name].shape, np.nan)
-            self.chance[name][where] = observed.chance[name]
+            self.chance[name][at] = observed.chance[name]
         if draws is None:
             self._count[name][at] = -1
             return
         replicates = draws.values[name]
-        self.low[name][where], self.high[name][where] = percentile_interval(replicates, self.plan.level)
+        self.low[name][at], self.high[name][at] = percentile_interval(replicates, self.plan.level)
         defined = ~np.isnan(replicates)
-        self._sum[name][at] += np.where(defined, replicates, 0.0).sum(axis=1)
-        self._count[name][at] += defined.sum(axis=1)
+        if defined.all():
+            self._sum[name][at], self._count[name][at] = replicates.sum(axis=1), replicates.shape[1]
+        else:
+            self._sum[name][at] = np.where(defined, replicates, 0.0).sum(axis=1)
+            self._count[name][at] = defined.sum(axis=1)
+
+    def merge(self, part: DriftArrays, sites: NDArray[np.intp]) -> None:
+        """Take over the results of other ``sites`` (positions here); call it in the order of the sites."""
+        for mine, other in ((self.value, part.value), (self.low, part.low), (self.high, part.high)):
+            for name in self.names:
+                mine[name][..., sites] = other[name]
+        for name in self.names:
+            self.reason[name][..., sites] = part.reason[name]
+            self.noise[name][..., sites] = part.noise[name]
+            self._sum[name] += part._sum[name]
+            self._count[name] += part._count[name]
+        for name, chance in part.chance.items():
+            self.chance.setdefault(name, np.full(self.value[name].shape, np.nan))[..., sites] = chance
+        self.explained |= part.explained
 
     def averages(self, name: str) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Average a measure over sites: value, low, high, each [P, C]."""
@@ -131,24 +145,27 @@ def _plain_reason(value: FloatArray) -> NDArray[np.uint8]:
     return np.where(np.isnan(value), np.uint8(Reason.NOT_FINITE), np.uint8(Reason.DEFINED))
 
 
-def measure_block(plan: Plan, block: Block, grams: Grams | None, out: DriftArrays) -> None:
-    """Fill ``out`` for a block of sites.
+def measure_block(plan: Plan, block: Block, grams: Grams | None) -> DriftArrays:
+    """Return the results of a block of sites.
 
     Args:
         plan: what is compared.
         block: the sites.
         grams: their Gram matrices over the plan's checkpoints.
-        out: where results go.
     """
+    out = DriftArrays(plan, len(block.sites))
     # A gate that weighs all experts has no set of its own; half of them make the measure comparable over sites.
     top_k = np.array([site.top_k or max(1, site.num_experts // 2) for site in block.sites])
+    families = [FAMILIES.get(key) for key in FAMILIES]
     for row, probe in enumerate(plan.probes):
-        passes = [read_pass(recording, probe, block) for recording in plan.recordings]
         sample = np.asarray(plan.recordings[0].tokens(probe)["sample"])
         if sample.size == 0:
-            _mark_empty(out, row, block)
+            _mark_empty(out, row)
             continue
-        weights = bootstrap_weights(len(np.unique(sample)), plan.draws, plan.seed + row)
+        anchor = int(plan.anchors[row])
+        if anchor < 0 and plan.noise is None:
+            continue
+        passes = [read_pass(recording, probe, block) for recording in plan.recordings]
 
         def pair_of(
             first: Pass, second: Pass, at: tuple[int, int], floor: FloatArray, sample: NDArray[np.integer] = sample
@@ -164,22 +181,22 @@ def measure_block(plan: Plan, block: Block, grams: Grams | None, out: DriftArray
         if plan.noise is not None:
             position, recording = plan.noise
             again = pair_of(passes[position], read_pass(recording, probe, block), (position, position), floor)
-            for key in FAMILIES:
-                family = FAMILIES.get(key)
+            for family in families:
                 for name, value in _observe(family, again)[1].values.items():
                     if name not in family.floorless:
-                        out.noise[name][row, block.index] = np.abs(value)
-            floor = np.fmax(floor, out.noise["router_js"][row, block.index])
-        anchor = int(plan.anchors[row])
+                        out.noise[name][row] = np.abs(value)
+            floor = np.fmax(floor, out.noise["router_js"][row])
         if anchor < 0:
             continue
+        weights = bootstrap_weights(len(np.unique(sample)), plan.draws, plan.seed + row)
         for current in range(len(passes)):
             pair = pair_of(passes[anchor], passes[current], (anchor, current), floor)
-            for key in FAMILIES:
-                statistics, observed = _observe(FAMILIES.get(key), pair)
-                draws = _resample(FAMILIES.get(key), statistics, weights)
-                for name in FAMILIES.get(key).measures:
-                    out.add(name, (row, current), block.index, observed, draws)
+            for family in families:
+                statistics, observed = _observe(family, pair)
+                draws = _resample(family, statistics, weights)
+                for name in family.measures:
+                    out.add(name, (row, current), observed, draws)
+    return out
 
 
 def _observe(family: Family, pair: Pair) -> tuple[Statistics, Composed]:
@@ -198,6 +215,6 @@ def _compose(family: Family, statistics: Statistics, average: Callable[[FloatArr
     return family.compose({**means, **statistics.facts})
 
 
-def _mark_empty(out: DriftArrays, row: int, block: Block) -> None:
+def _mark_empty(out: DriftArrays, row: int) -> None:
     for name in out.names:
-        out.reason[name][row, :, block.index] = Reason.NO_TOKENS
+        out.reason[name][row] = Reason.NO_TOKENS

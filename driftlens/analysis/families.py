@@ -17,11 +17,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from driftlens.analysis.pairs import Pair
+from driftlens.analysis.pairs import Pair, Pass
 from driftlens.metrics import (
     CoDriftTokens,
     Reason,
-    codrift_from_grams,
     js_divergence,
     mass_moved_tokens,
     responsibility_tokens,
@@ -29,6 +28,8 @@ from driftlens.metrics import (
     topk_mask,
 )
 from driftlens.metrics.arrays import FloatArray, as_float, divide, normalise
+from driftlens.metrics.codrift import codrift_from_products, expert_products
+from driftlens.metrics.routing import js_of_shares
 from driftlens.registry import Registry
 
 __all__ = ["FAMILIES", "REASONS", "Composed", "Family", "Means", "Statistics"]
@@ -117,36 +118,53 @@ def _one_hot(gate: FloatArray) -> FloatArray:
     return marked
 
 
-def _overlap(gate0: FloatArray, gate1: FloatArray, top_k: NDArray[np.integer]) -> FloatArray:
-    result = np.empty(gate0.shape[:-1])
-    for k in np.unique(top_k):
-        sites = top_k == k
-        common = topk_mask(gate0[sites], int(k)) & topk_mask(gate1[sites], int(k))
-        result[sites] = common.sum(axis=-1) / k
-    return result
+class _Routing(NamedTuple):
+    """What routing takes from one pass: arrays by token and averages by sample."""
+
+    share: FloatArray
+    hot: FloatArray
+    top: NDArray[np.bool_]
+    mean: FloatArray
+    mean_hot: FloatArray
+
+
+def _routing_of(one: Pass, pair: Pair) -> _Routing:
+    def compute() -> _Routing:
+        share = normalise(as_float(one.gate))
+        hot, top = _one_hot(share), np.empty(share.shape, dtype=np.bool_)
+        for k in np.unique(pair.top_k):
+            sites = pair.top_k == k
+            top[sites] = topk_mask(share[sites], int(k))
+        means = (sample_means(values, pair.sample, axis=-2) for values in (share, hot))
+        return _Routing(share, hot, top, *means)
+
+    return one.once("routing", compute)
 
 
 def _routing_statistics(pair: Pair) -> Statistics:
-    gate0, gate1 = normalise(as_float(pair.anchor.gate)), normalise(as_float(pair.current.gate))
-    js = js_divergence(gate0, gate1)
-    hot0, hot1 = _one_hot(gate0), _one_hot(gate1)
-    mean0, mean1 = (sample_means(gate, pair.sample, axis=-2) for gate in (gate0, gate1))
+    old, new = _routing_of(pair.anchor, pair), _routing_of(pair.current, pair)
+    js = js_of_shares(old.share, new.share)
+
+    def spread() -> FloatArray:
+        partner = _partners(old.share.shape[1])
+        return sample_means(js_of_shares(old.share, old.share[:, partner]), pair.sample)
+
     tokens = {
         "js": js,
         "js_distance": np.sqrt(js),
-        "mass": mass_moved_tokens(gate0, gate1),
-        "switched": (hot0 != hot1).any(axis=-1).astype(np.float64),
-        "overlap": _overlap(gate0, gate1, pair.top_k),
-        "spread": js_divergence(gate0, gate0[:, _partners(gate0.shape[1])]),
+        "mass": mass_moved_tokens(old.share, new.share),
+        "switched": (old.hot != new.hot).any(axis=-1).astype(np.float64),
+        "overlap": (old.top & new.top).sum(axis=-1) / pair.top_k[:, None],
     }
     by_sample = {name: sample_means(values, pair.sample) for name, values in tokens.items()} | {
-        "sample_js": js_divergence(mean0, mean1, base=math.e),
-        "gate0": np.moveaxis(mean0, -1, -2),
-        "gate1": np.moveaxis(mean1, -1, -2),
-        "top0": np.moveaxis(sample_means(hot0, pair.sample, axis=-2), -1, -2),
-        "top1": np.moveaxis(sample_means(hot1, pair.sample, axis=-2), -1, -2),
+        "spread": pair.anchor.once("routing spread", spread),
+        "sample_js": js_divergence(old.mean, new.mean, base=math.e),
+        "gate0": np.moveaxis(old.mean, -1, -2),
+        "gate1": np.moveaxis(new.mean, -1, -2),
+        "top0": np.moveaxis(old.mean_hot, -1, -2),
+        "top1": np.moveaxis(new.mean_hot, -1, -2),
     }
-    return Statistics(by_sample, {"floor": pair.spread_floor, "overlap_chance": pair.top_k / gate0.shape[-1]})
+    return Statistics(by_sample, {"floor": pair.spread_floor, "overlap_chance": pair.top_k / old.share.shape[-1]})
 
 
 def _routing(means: Means) -> Composed:
@@ -183,15 +201,21 @@ _CODRIFT: Final = {
 
 
 def _codrift_statistics(pair: Pair) -> Statistics:
-    base = sample_means(as_float(pair.current.base_norm) ** 2, pair.sample)
-    if pair.grams is None or pair.anchor.middle is None or pair.current.middle is None:
+    base = pair.current.once("base_sq", lambda: sample_means(as_float(pair.current.base_norm) ** 2, pair.sample))
+    old, new, grams = pair.anchor.middle, pair.current.middle, pair.grams
+    if grams is None or old is None or new is None:
         unknown = np.full_like(base, np.nan)
         return Statistics({"base": base} | dict.fromkeys(_INNER_PRODUCTS, unknown), {"measured": np.zeros(len(base))})
-    tokens = codrift_from_grams(
-        pair.anchor.gate, pair.current.gate, pair.anchor.middle, pair.current.middle, *pair.grams
-    ).per_sample(pair.sample)
-    parts = {name: getattr(tokens, name) for name in _INNER_PRODUCTS}
-    return Statistics(parts | {"base": base}, {"measured": np.ones(len(base))})
+    own0 = pair.anchor.once("codrift", lambda: expert_products(old, old, grams.g00))
+    own1 = pair.current.once("codrift", lambda: expert_products(new, new, grams.g11))
+    parts = np.empty((len(_INNER_PRODUCTS), *base.shape))
+    for site in range(len(base)):  # the products of one site stay in the cache
+        between = expert_products(old[site], new[site], grams.g01[site])
+        tokens = codrift_from_products(
+            pair.anchor.gate[site], pair.current.gate[site], own0[site], between, own1[site]
+        ).per_sample(pair.sample)
+        parts[:, site] = [getattr(tokens, name) for name in _INNER_PRODUCTS]
+    return Statistics(dict(zip(_INNER_PRODUCTS, parts, strict=True)) | {"base": base}, {"measured": np.ones(len(base))})
 
 
 def _codrift(means: Means) -> Composed:
@@ -231,9 +255,26 @@ _RESPONSIBILITY: Final = (
 _ALIGNMENT: Final = ("alignment", "alignment_energy", "alignment_loss")
 
 
-def _alignment(gate: FloatArray, strength: FloatArray, sample: NDArray[np.integer]) -> FloatArray:
+def _alignment(one: Pass, sample: NDArray[np.integer]) -> FloatArray:
+    def compute() -> FloatArray:
+        return _agreement(as_float(one.gate), as_float(one.expert_norm), sample)
+
+    return one.once("alignment", compute)
+
+
+def _agreement(gate: FloatArray, strength: FloatArray, sample: NDArray[np.integer]) -> FloatArray:
     share = divide(strength, strength.sum(axis=-1, keepdims=True))
-    return 1.0 - sample_means(js_divergence(gate, share), sample, skip_undefined=True)
+    return 1.0 - sample_means(js_of_shares(normalise(gate), share), sample, skip_undefined=True)
+
+
+def _energy_alignment(one: Pass, sample: NDArray[np.integer]) -> FloatArray:
+    def compute() -> FloatArray:
+        if one.pathway is None:
+            return np.full_like(_alignment(one, sample), np.nan)
+        energy = (as_float(one.pathway) ** 2).mean(axis=-1)
+        return _agreement(as_float(one.gate), energy, sample)
+
+    return one.once("alignment_energy", compute)
 
 
 def _responsibility_statistics(pair: Pair) -> Statistics:
@@ -251,14 +292,10 @@ def _responsibility_statistics(pair: Pair) -> Statistics:
     }
     result = {name: sample_means(values, pair.sample, skip_undefined=True) for name, values in by_token.items()}
     result |= {
-        "align0": _alignment(gate0, norm0, pair.sample),
-        "align1": _alignment(gate1, norm1, pair.sample),
+        "align0": _alignment(pair.anchor, pair.sample),
+        "align1": _alignment(pair.current, pair.sample),
+        "energy1": _energy_alignment(pair.current, pair.sample),
     }
-    if pair.current.pathway is None:
-        result["energy1"] = np.full_like(result["align1"], np.nan)
-    else:
-        energy = (as_float(pair.current.pathway) ** 2).mean(axis=-1)
-        result["energy1"] = _alignment(gate1, energy, pair.sample)
     reason = tokens.reason.astype(np.float64)
     if pair.anchor.pathway is None or pair.current.pathway is None:
         # native experts: the gate was seen, single outputs were not

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from driftlens.analysis.pairs import Pass
+from driftlens.analysis.pairs import Floats, Pass
 from driftlens.errors import FormatError, ProbeError
 from driftlens.metrics.arrays import FloatArray
 from driftlens.store import Recording, SiteInfo
@@ -19,6 +19,7 @@ __all__ = [
     "Grams",
     "block_rows",
     "check_aligned",
+    "factor_grams",
     "read_grams",
     "read_pass",
     "site_blocks",
@@ -27,9 +28,9 @@ __all__ = [
 ]
 
 _TOKEN_COLUMNS = ("sample", "position", "token_id", "role")
-_PASS_BYTES = 32 << 20
-"""Target size of one pass of a block in float64; some ten of them live at once."""
-_GRAM_BYTES = 128 << 20
+_PASS_BYTES = 8 << 20
+"""Target size of one pass of a block in float64. A pass of every checkpoint lives at once, in every worker."""
+_GRAM_BYTES = 64 << 20
 
 
 def token_table_hash(recording: Recording, probe: str) -> str:
@@ -155,28 +156,35 @@ def read_pass(recording: Recording, probe: str, block: Block, *, reference: bool
     """
     tokens = recording.token_slice(probe)
     sites, count = len(block.sites), tokens.stop - tokens.start
-    shape = (sites, count, block.num_experts)
-    gate, norm = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    pathway = np.zeros((*shape, block.rank), dtype=np.float32) if block.rank else None
-    base = np.full(shape[:2], np.nan, dtype=np.float32)
+    gate, norm = (_tokens_last(sites, count, block.num_experts) for _ in range(2))
+    pathway = _tokens_last(sites, count, block.num_experts, block.rank) if block.rank else None
+    base = np.full((sites, count), np.nan)
     for index, rows, positions in block_rows(recording, block):
         group = recording.groups[index]
         if reference and group.reference is not None:
             group = group.reference
         # Sites of a block are neighbours in their group: one contiguous read, then a selection in memory.
         span, local = slice(int(rows.min()), int(rows.max()) + 1), rows - rows.min()
-        gate[positions, :, : group.num_experts] = group.gate[span, tokens][local]
-        norm[positions, :, : group.num_experts] = group.expert_norm[span, tokens][local]
-        base[positions] = group.base_norm[span, tokens][local]
+        parts = [(gate, group.gate), (norm, group.expert_norm)]
         if pathway is not None and group.rank:
-            pathway[positions, :, : group.num_experts, : group.rank] = group.pathway[span, tokens][local]
+            parts.append((pathway, group.pathway))
+        for target, stored in parts:
+            read = stored[span, tokens]
+            for row, position in zip(local, positions, strict=True):
+                target[(position, slice(None), *map(slice, read.shape[2:]))] = read[row]
+        base[positions] = group.base_norm[span, tokens][local]
     middle = pathway
     product = np.array([site.semantics == "product_of_sums" for site in block.sites])
     if pathway is not None and product.any():
         mixed = np.einsum("sne,sner->snr", gate[product], pathway[product])
-        middle = pathway.copy()
+        middle = pathway.copy(order="K")
         middle[product] = mixed[:, :, None]
     return Pass(gate, pathway, middle, norm, base)
+
+
+def _tokens_last(sites: int, tokens: int, *inner: int) -> FloatArray:
+    """Zeros [S, n, *inner] with tokens last in memory: sums over experts and ranks then run over whole rows."""
+    return np.moveaxis(np.zeros((sites, *inner, tokens)), -1, 1)
 
 
 @dataclass(frozen=True)
@@ -222,21 +230,29 @@ def _grams_of_weights(recordings: Sequence[Recording], block: Block) -> Grams:
     b = np.empty((count, count, len(block.sites), flat, flat))
     known = [{site.name: site for site in recording.sites} for recording in recordings]
     for position, site in enumerate(block.sites):
-        down = np.zeros((experts, count, rank, site.d_in))
+        down = np.zeros((count, experts, rank, site.d_in), dtype=np.float32)
         up = np.zeros((count, experts, rank, site.d_out))
         for number, recording in enumerate(recordings):
             info = known[number].get(site.name)
             if info is None:
                 continue
             weights = recording.weights(site.name)
-            down[: info.num_experts, number, : info.rank] = weights["A"]
+            down[number, : info.num_experts, : info.rank] = weights["A"]
             up[number, : info.num_experts, : info.rank] = info.scaling * np.swapaxes(np.asarray(weights["B"]), -1, -2)
-        stacked = down.reshape(experts, count * rank, site.d_in)
-        inner = (stacked @ np.swapaxes(stacked, -1, -2)).reshape(experts, count, rank, count, rank)
-        a[:, :, position] = inner.transpose(1, 3, 0, 2, 4)
+        a[:, :, position] = factor_grams(down)
         rows = up.reshape(count * flat, site.d_out)
         b[:, :, position] = (rows @ rows.T).reshape(count, flat, count, flat).transpose(0, 2, 1, 3)
     return Grams(a, b)
+
+
+def factor_grams(factors: Floats) -> FloatArray:
+    """Inner products A_e(j) A_e(c)^T between all checkpoints: [C, E, r, d] gives [C, C, E, r, r]."""
+    count, experts, rank, width = factors.shape
+    result = np.empty((count, count, experts, rank, rank))
+    for expert in range(experts):
+        rows = factors[:, expert].reshape(count * rank, width).astype(np.float64)
+        result[:, :, expert] = (rows @ rows.T).reshape(count, rank, count, rank).transpose(0, 2, 1, 3)
+    return result
 
 
 def _stored_grams(recordings: Sequence[Recording], names: Sequence[str], block: Block) -> Grams:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from driftlens.metrics.arrays import FloatArray
 __all__ = ["Floats", "Pair", "PairGrams", "Pass"]
 
 Floats = NDArray[np.floating]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Pass:
     middle: Floats | None
     expert_norm: Floats
     base_norm: Floats
+    _kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: str, compute: Callable[[], _T]) -> _T:
+        """Return what ``compute`` makes of this pass alone, computed once: a pass is compared with many others.
+
+        Args:
+            key: name of the result, with the family's name before it.
+            compute: called the first time.
+        """
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return cast("_T", self._kept[key])
 
 
 class PairGrams(NamedTuple):

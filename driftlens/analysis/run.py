@@ -20,6 +20,7 @@ from driftlens.analysis.cache import ANALYSIS_NAME, cache_key, file_stamp, open_
 from driftlens.analysis.datasets import TABLES
 from driftlens.analysis.listing import RUN_FILES, method_name, read_config, training_seed
 from driftlens.analysis.scores import read_scores, read_train_log, score_arrays, stream_summary
+from driftlens.analysis.threads import in_order
 from driftlens.errors import FormatError, NotFoundError, UnknownNameError
 from driftlens.store import Manifest, Recording, open_recording
 from driftlens.store.manifest import sha256_file
@@ -364,8 +365,8 @@ class Run:
         )
 
     def _check_recordings(self) -> None:
-        for file in self.used_files:
-            self.trusted(file)
+        for _ in in_order(self.trusted, self.used_files):
+            pass
 
     def _analyse(self) -> dict[str, xr.Dataset]:
         with self.open_recordings() as (recordings, noise):
@@ -386,6 +387,7 @@ class Run:
         Raises:
             FormatError: a damaged recording; the message names it.
         """
+        self._check_recordings()
         with contextlib.ExitStack() as stack:
             recordings = [
                 stack.enter_context(open_recording(self.trusted(self._recordings[point.name])))

@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driftlens.analysis.engine import Plan
-from driftlens.analysis.inputs import Block, Grams, block_rows
+from driftlens.analysis.inputs import Block, Grams, block_rows, factor_grams
+from driftlens.analysis.pairs import Floats
 from driftlens.metrics import (
     SubspacePair,
-    active_rank_from_gram,
     dead_experts,
     expert_blocks,
     importance_concentration,
     load_entropy,
     near_uniform,
     normalised_entropy,
-    pair_from_grams,
     rank_update_from_grams,
     spearman,
     specialisation,
 )
 from driftlens.metrics.arrays import FloatArray, divide
+from driftlens.metrics.subspaces import Whitening, active_rank_of_whitening, distance_of_angles, whitening
 from driftlens.store import Recording, SiteInfo
 
 __all__ = ["StateArrays", "state_block"]
@@ -141,45 +141,58 @@ def _pairs(plan: Plan, grams: FloatArray, anchored: NDArray[np.intp]) -> tuple[F
 
 def _subspaces(plan: Plan, block: Block, grams: Grams, moment: FloatArray, out: StateArrays) -> None:
     anchored = np.flatnonzero(plan.anchors >= 0)
-    a_pairs = _pairs(plan, grams.a, anchored)
-    b_pairs = _pairs(plan, expert_blocks(grams.b, block.num_experts), anchored)
     number = np.arange(len(plan.recordings))
-    own_rank = active_rank_from_gram(np.broadcast_to(grams.a[number, number][None], moment.shape), moment)
-    out.put("active_rank", block, own_rank)
-    shape = (len(plan.probes), *own_rank.shape[1:])
+    anchors = plan.anchors[anchored]
+    white_a = whitening(grams.a[number, number])
+    out.put("active_rank", block, active_rank_of_whitening(white_a, moment))
+    shape = (len(plan.probes), *moment.shape[1:-2])
     found = {name: np.full(shape, np.nan) for name in _BY_EXPERT if name not in ("load", "active_rank")}
-    angles = np.full((*shape, block.rank), np.nan)
-    anchor_moment = moment[anchored, plan.anchors[anchored]][:, None]
-    for field, pairs in (("d_in", a_pairs), ("d_out", b_pairs)):
-        widths = np.array([getattr(site, field) for site in block.sites])
-        for width in np.unique(widths):
-            sites = np.flatnonzero(widths == width)
-            own, between, current = (part[:, :, sites] for part in pairs)
-            pair = pair_from_grams(own, between, current, dim=int(width))
-            at = (anchored[:, None, None], number[None, :, None], sites[None, None, :])
-            if field == "d_in":
-                _row_space(found, angles, at, pair, anchor_moment[:, :, sites])
-            else:
-                found["output_overlap"][at] = pair.overlap()
-                found["output_overlap_chance"][at] = pair.chance()
+    found["principal_angles"] = np.full((*shape, block.rank), np.nan)
+    pair = _anchored_pairs(white_a, grams.a, anchors, [site.d_in for site in block.sites])
+    found["subspace_overlap"][anchored] = pair.overlap()
+    found["subspace_overlap_adjusted"][anchored] = pair.adjusted()
+    found["subspace_overlap_chance"][anchored] = pair.chance()
+    angles = pair.angles()
+    found["principal_angles"][anchored] = angles
+    found["grassmann_distance"][anchored] = distance_of_angles(angles)
+    found["active_overlap"][anchored] = pair.active_overlap(moment[anchored, anchors][:, None])
+    blocks = expert_blocks(grams.b, block.num_experts)
+    pair = _anchored_pairs(whitening(blocks[number, number]), blocks, anchors, [site.d_out for site in block.sites])
+    found["output_overlap"][anchored] = pair.overlap()
+    found["output_overlap_chance"][anchored] = pair.chance()
     for name, values in found.items():
         out.put(name, block, values)
-    out.put("principal_angles", block, angles)
 
 
-def _row_space(
-    found: dict[str, FloatArray],
-    angles: FloatArray,
-    at: tuple[NDArray[np.intp], ...],
-    pair: SubspacePair,
-    anchor_moment: FloatArray,
-) -> None:
-    found["subspace_overlap"][at] = pair.overlap()
-    found["subspace_overlap_adjusted"][at] = pair.adjusted()
-    found["subspace_overlap_chance"][at] = pair.chance()
-    found["grassmann_distance"][at] = pair.distance()
-    found["active_overlap"][at] = pair.active_overlap(anchor_moment)
-    angles[at] = pair.angles()
+def _anchored_pairs(
+    white: Whitening, grams: FloatArray, anchors: NDArray[np.intp], widths: Sequence[int]
+) -> SubspacePair:
+    """Compare every anchor with every checkpoint, [P', C, S, E]; each subspace was whitened once."""
+    first, rank = white.matrix[anchors][:, None], white.rank[anchors][:, None]
+    cross = first @ grams[anchors] @ np.swapaxes(white.matrix, -1, -2)[None]
+    shape = cross.shape[:-2]
+    return SubspacePair(
+        cross=cross,
+        rank0=np.broadcast_to(rank, shape),
+        rank1=np.broadcast_to(white.rank[None], shape),
+        matrix0=first,
+        dim=np.asarray(widths)[:, None],
+    )
+
+
+def angle_table(factors: Floats) -> FloatArray:
+    """Principal angles between all pairs of C checkpoints of a site, as `state_block` finds them.
+
+    Args:
+        factors: [C, E, r, d].
+
+    Returns:
+        [C, C, E, r], ascending, in radians; see `SubspacePair.angles`.
+    """
+    grams = factor_grams(factors)[:, :, None]
+    number = np.arange(len(factors))
+    white = whitening(grams[number, number])
+    return _anchored_pairs(white, grams, number, [factors.shape[-1]]).angles()[:, :, 0]
 
 
 def _updates(plan: Plan, block: Block, grams: Grams, importance: FloatArray, out: StateArrays) -> None:

@@ -41,7 +41,7 @@ def as_weights(values: ArrayLike, name: str = "gate") -> FloatArray:
     weights = as_float(values)
     if weights.ndim == 0:
         raise ConfigError(f"{name} is a single number; expected an array [..., tokens, experts].")
-    if weights.size and np.nanmin(weights, initial=0.0) < 0:
+    if (weights < 0).any():
         raise ConfigError(
             f"{name} holds negative entries (lowest {np.nanmin(weights):.3g}); expected non-negative weights. "
             "If these are router logits, apply the model's own gate function first."
@@ -87,10 +87,10 @@ def _pad_to(values: FloatArray, size: int, axis: int) -> FloatArray:
 
 def divide(numerator: Any, denominator: Any) -> FloatArray:
     """Return the quotient with NaN, and no warning, where the denominator is 0 or the quotient is undefined."""
-    top, bottom = np.broadcast_arrays(as_float(numerator), as_float(denominator))
-    result = np.full(top.shape, np.nan)
-    with np.errstate(invalid="ignore"):  # infinity over infinity is NaN, as documented
-        np.divide(top, bottom, out=result, where=bottom != 0)
+    top, bottom = as_float(numerator), as_float(denominator)
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinity over infinity is NaN, as documented
+        result: FloatArray = np.asarray(top / bottom)
+    np.copyto(result, np.nan, where=bottom == 0)
     return result
 
 

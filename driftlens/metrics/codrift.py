@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 
 from driftlens.errors import ConfigError
 from driftlens.metrics.arrays import FloatArray, as_float, as_weights, check_same_tokens, divide, pad_experts
@@ -40,7 +40,16 @@ from driftlens.metrics.shapes import (
 )
 from driftlens.metrics.undefined import Reason
 
-__all__ = ["CoDrift", "CoDriftTokens", "Impact", "codrift", "codrift_from_grams", "expert_grams"]
+__all__ = [
+    "CoDrift",
+    "CoDriftTokens",
+    "Impact",
+    "codrift",
+    "codrift_from_grams",
+    "codrift_from_products",
+    "expert_grams",
+    "expert_products",
+]
 
 _STILL = 1e-12
 """Parts of Phi at or below this are rounding of float64 sums: that side did not move."""
@@ -277,6 +286,85 @@ def codrift_from_grams(
             u00_sq=np.maximum(ee0 - 2 * re0 + rr0, 0.0),
             u11_sq=np.maximum(ee1 + 2 * re1 + rr1, 0.0),
         )
+
+
+def expert_products(z0: Paths0, z1: Paths1, gram: SiteGram01) -> Float64[np.ndarray, "*site token expert0 expert1"]:
+    """Inner products <o_e, o'_f> between the outputs of all experts for every token.
+
+    Computed once per pass and pair of passes, they give `codrift_from_products` for any gates. Fast where tokens are
+    last in memory (``moveaxis`` of [..., E, r, n]).
+
+    Args:
+        z0: pathway activations [..., n, E, r], before the scaling.
+        z1: others of the same tokens, [..., n, E', r']; pass the same array for products within one pass.
+        gram: B^T B' with both scalings, [..., E r, E' r'], expert-slowest; symmetric for products within one pass.
+
+    Returns:
+        [..., n, E, E'], tokens last in memory.
+
+    Raises:
+        ProbeError: different numbers of tokens.
+        ConfigError: a Gram matrix that does not fit.
+    """
+    path0, path1, inner = as_float(z0), as_float(z1), as_float(gram)
+    check_same_tokens(path0, path1, axis=-3, what="pathways")
+    first, second = (np.moveaxis(path, -3, -1) for path in (path0, path1))
+    (old, rank), (new, width), tokens = first.shape[-3:-1], second.shape[-3:-1], first.shape[-1]
+    if inner.shape[-2:] != (old * rank, new * width):
+        raise ConfigError(
+            f"The Gram matrix has shape {inner.shape}; expected [..., {old * rank}, {new * width}] for E r columns."
+        )
+    flat = second.reshape(*second.shape[:-3], new * width, tokens)
+    result = np.empty((*np.broadcast_shapes(first.shape[:-3], flat.shape[:-2], inner.shape[:-2]), old, new, tokens))
+    for expert in range(old):  # what one expert needs stays in the cache
+        start = expert if z0 is z1 else 0
+        rows = np.swapaxes(inner[..., expert * rank : (expert + 1) * rank, start * width :], -1, -2)
+        image = rows @ first[..., expert, :, :]
+        image *= flat[..., start * width :, :]
+        split = image.reshape(*image.shape[:-2], new - start, width, tokens)
+        np.sum(split, axis=-2, out=result[..., expert, start:, :])
+        if start:
+            result[..., expert, :start, :] = result[..., :start, expert, :]
+    return np.moveaxis(result, -1, -3)
+
+
+def codrift_from_products(
+    gate0: Gates0,
+    gate1: Gates1,
+    own0: Float[np.ndarray, "*site token expert expert"],
+    between: Float[np.ndarray, "*site token expert expert"],
+    own1: Float[np.ndarray, "*site token expert expert"],
+) -> CoDriftTokens:
+    """As `codrift_from_grams`, from the products of expert outputs: quadratic forms in the gates alone.
+
+    Args:
+        gate0: anchor gates [..., n, E] as used.
+        gate1: current gates [..., n, E].
+        own0: `expert_products` of the anchor's outputs with each other, [..., n, E, E].
+        between: of the anchor's outputs (rows) with the current ones (columns).
+        own1: of the current outputs with each other.
+    """
+    first, second = as_float(gate0), as_float(gate1)
+    step, middle = (second - first) / 2, (second + first) / 2
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite activations end as NaN with their reason
+        turned = np.swapaxes(between, -1, -2)
+        own, both = own0 + own1, between + turned
+        kept = own + both
+        own -= both
+        return CoDriftTokens(
+            rr=np.maximum(_form(step, kept, step), 0.0),
+            ee=np.maximum(_form(middle, own, middle), 0.0),
+            re=_form(step, between - turned + own1 - own0, middle),
+            u00_sq=np.maximum(_form(first, own0, first), 0.0),
+            u11_sq=np.maximum(_form(second, own1, second), 0.0),
+        )
+
+
+def _form(left: FloatArray, matrix: FloatArray, right: FloatArray) -> FloatArray:
+    """sum_ef left_e matrix_ef right_f for every token."""
+    image = (matrix * right[..., None, :]).sum(axis=-1)
+    form: FloatArray = (left * image).sum(axis=-1)
+    return form
 
 
 def _images(gram: FloatArray, first: FloatArray, second: FloatArray) -> tuple[FloatArray, FloatArray]:

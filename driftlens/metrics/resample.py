@@ -7,6 +7,7 @@ interval of an average over sites keeps their correlation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -119,10 +120,15 @@ def resampled_means(values: ArrayLike, weights: FloatArray) -> FloatArray:
     Undefined samples (NaN) are left out of a draw; a draw without a defined sample is NaN.
     """
     array = as_float(values)
-    defined = ~np.isnan(array)
-    sums = np.where(defined, array, 0.0) @ weights.T
-    counts = defined.astype(np.float64) @ weights.T
-    return np.moveaxis(divide(sums, counts), -1, 0)
+    rows = array.reshape(
+        math.prod(array.shape[:-1]), array.shape[-1]
+    )  # one large product is faster than a stack of small ones
+    defined = ~np.isnan(rows)
+    if defined.all():
+        means = divide(rows @ weights.T, weights.sum(axis=1))
+    else:
+        means = divide(np.where(defined, rows, 0.0) @ weights.T, defined.astype(np.float64) @ weights.T)
+    return np.moveaxis(means.reshape(*array.shape[:-1], len(weights)), -1, 0)
 
 
 def percentile_interval(replicates: FloatArray, level: float = 0.95) -> tuple[FloatArray, FloatArray]:

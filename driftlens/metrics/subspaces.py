@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
+from numpy.typing import NDArray
 from scipy.special import entr
 
 from driftlens.errors import ConfigError
@@ -110,7 +111,7 @@ class SubspacePair:
         rank0: [...] numerical rank at the anchor.
         rank1: [...] numerical rank at the current checkpoint.
         matrix0: [..., r0, r0] whitening of the anchor (q = matrix0 z).
-        dim: dimension d of the space both live in.
+        dim: dimension d of the space both live in, one number or [...].
         sines: [..., min(r0, r1)] sines of the principal angles in ascending order if known better than from ``cross``.
     """
 
@@ -118,7 +119,7 @@ class SubspacePair:
     rank0: Int[np.ndarray, "*site"]
     rank1: Int[np.ndarray, "*site"]
     matrix0: Gram0
-    dim: int
+    dim: int | NDArray[np.integer]
     sines: Float64[np.ndarray, "*site angle"] | None = None
 
     def overlap(self) -> PerSite:
@@ -147,9 +148,7 @@ class SubspacePair:
 
     def distance(self) -> PerSite:
         """Geodesic distance per dimension, norm_2(angles)/sqrt(rank): [...] in 0..pi/2."""
-        angles = self.angles()
-        count = (~np.isnan(angles)).sum(axis=-1)
-        return np.sqrt(divide(np.nansum(angles**2, axis=-1), count))
+        return distance_of_angles(self.angles())
 
     def active_overlap(self, moment: Gram0) -> PerSite:
         """Overlap weighted by the directions a probe uses at the anchor: [...] in 0..1.
@@ -166,6 +165,12 @@ class SubspacePair:
         total = np.trace(used, axis1=-2, axis2=-1)
         empty = np.minimum(self.rank0, self.rank1) == 0
         return np.clip(divide(np.where(empty, np.nan, reached), total), 0.0, 1.0)
+
+
+def distance_of_angles(angles: Float64[np.ndarray, "*site angle"]) -> PerSite:
+    """Root mean square of the defined angles [..., r]: [...]; NaN where none is."""
+    count = (~np.isnan(angles)).sum(axis=-1)
+    return np.sqrt(divide(np.nansum(angles**2, axis=-1), count))
 
 
 def pair_from_bases(basis0: Basis, basis1: Basis) -> SubspacePair:
@@ -277,7 +282,12 @@ def active_rank(A: Rows0, moment: Gram0) -> PerSite:
 
 def active_rank_from_gram(gram: Gram0, moment: Gram0) -> PerSite:
     """As `active_rank`, from A A^T [..., r, r]."""
-    return _active_rank(whitening(gram).matrix, moment)
+    return active_rank_of_whitening(whitening(gram), moment)
+
+
+def active_rank_of_whitening(white: Whitening, moment: Gram0) -> PerSite:
+    """As `active_rank`, where A A^T was whitened already."""
+    return _active_rank(white.matrix, moment)
 
 
 def _active_rank(matrix: FloatArray, moment: Gram0) -> PerSite:
