@@ -6,6 +6,8 @@ the weights of the rows below it, so no sample is ever formed; weight 0 leaves a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
@@ -53,8 +55,9 @@ def weighted_ranks(values: Rows, weights: Draws) -> Draws:
     """
     order = np.argsort(values, kind="stable")
     ordered = values[order]
-    start = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    group = np.cumsum(np.r_[0, ordered[1:] != ordered[:-1]])
+    first = np.ones(len(order), dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    start, group = np.flatnonzero(first), np.cumsum(first) - 1
     size = np.add.reduceat(weights[:, order], start, axis=1)
     below = np.cumsum(size, axis=1) - size
     result = np.empty(weights.shape)
@@ -77,7 +80,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, weights: Draws | None = None) -
 
 
 def partial_rank_correlation(
-    x: ArrayLike, y: ArrayLike, given: list[ArrayLike], weights: Draws | None = None
+    x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike], weights: Draws | None = None
 ) -> PerDraw:
     """Partial Spearman correlation: of the ranks of x and y after linear regression on the ranks of ``given``.
 
@@ -119,7 +122,6 @@ def _rank_covariance(
     ranks = np.stack([weighted_ranks(column, weights) for column in columns], axis=1)
     mean = divide((ranks * weights[:, None]).sum(axis=-1), total[:, None])
     centred = np.where(total[:, None, None] > 0, ranks - mean[..., None], 0.0)
-    result: FloatArray = np.einsum(
-        "dkn,dn,dln->dkl", centred, weights / np.maximum(total, 1.0)[:, None], centred, optimize=True
-    )
+    share = weights / np.maximum(total, 1.0)[:, None]
+    result: FloatArray = (centred * share[:, None]) @ np.swapaxes(centred, -1, -2)
     return result

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from driftlens.analysis.comparison import stream_difference
 from driftlens.analysis.datasets import attributes
@@ -34,6 +35,7 @@ from driftlens.metrics.arrays import FloatArray, as_float
 __all__ = ["GIVEN", "Validity", "correlate", "validity"]
 
 Cluster = Literal["run", "task"]
+Mask = NDArray[np.bool_]
 
 GIVEN: Final = tuple(DIFFICULTY)
 
@@ -302,16 +304,18 @@ class _Study:
         label = rows["run"].astype(str) if cluster == "run" else rows["run"].astype(str) + "/" + rows["task"]
         self.clusters = int(label.nunique())
         self.weights = cluster_weights(label, draws, seed)
+        self._columns = {name: as_float(rows[name]) for name in (*self.measures, *TARGETS, *DIFFICULTY)}
+        self._defined = {name: np.isfinite(values) for name, values in self._columns.items()}
+        self._masks = _groups(rows)
         self._found: dict[tuple[str, str, bytes], tuple[float, FloatArray]] = {}
 
     def values(self, name: str) -> FloatArray:
-        return as_float(self.rows[name])
+        return self._columns[name]
 
-    def both(self, measure: str, target: str) -> np.ndarray:
-        result: np.ndarray = np.isfinite(self.values(measure)) & np.isfinite(self.values(target))
-        return result
+    def both(self, measure: str, target: str) -> Mask:
+        return self._defined[measure] & self._defined[target]
 
-    def rho(self, measure: str, target: str, kept: np.ndarray) -> tuple[float, FloatArray]:
+    def rho(self, measure: str, target: str, kept: Mask) -> tuple[float, FloatArray]:
         """Spearman on the rows ``kept``, and in every draw."""
         key = (measure, target, kept.tobytes())
         if key not in self._found:
@@ -380,20 +384,23 @@ class _Study:
         kept = self.both(measure, target)
         x, y = self.values(measure), self.values(target)
         result = []
-        masks = [
-            (kind, str(name), (self.rows[kind] == name).to_numpy())
-            for kind in ("method", "run")
-            for name in self.rows[kind].unique()
-        ]
-        methods = self.rows["method"].unique()
-        if len(methods) > 1:
-            masks += [("without_method", str(name), (self.rows["method"] != name).to_numpy()) for name in methods]
-        for kind, name, mask in masks:
+        for kind, name, mask in self._masks:
             inside = mask & kept
             rho = float(rank_correlation(x[inside], y[inside])[0]) if inside.sum() >= _FEWEST else np.nan
             labels = {"measure": measure, "target": target, "grouping": kind, "group": name}
             result.append(labels | {"rho": rho, "rows": int(inside.sum())})
         return result
+
+
+def _groups(rows: pd.DataFrame) -> list[tuple[str, str, Mask]]:
+    """(grouping, group, its rows): every method, every run, and all methods but one."""
+    methods = rows["method"].to_numpy()
+    result = [
+        (kind, str(name), (rows[kind] == name).to_numpy()) for kind in ("method", "run") for name in rows[kind].unique()
+    ]
+    if len(set(methods)) > 1:
+        result += [("without_method", str(name), methods != name) for name in rows["method"].unique()]
+    return result
 
 
 def _kind(measure: str) -> str:
