@@ -202,8 +202,8 @@ def drift_origin(
             raise ConfigError(
                 f"{name} has shape {gram.shape}; expected [..., {rows.shape[-1]}, {columns.shape[-1]}] for E r columns."
             )
-    step = moved - old
     with np.errstate(invalid="ignore", over="ignore"):  # infinite activations end as NaN with their reason
+        step = moved - old
         from_old, from_new, new_on_new = moved @ g00, moved @ g01, new @ g11
         u11 = _dot(new_on_new, new)
         return DriftOriginTokens(
