@@ -36,7 +36,7 @@ FORMATS: Final = ("parquet", "netcdf", "csv")
 
 _BY_SITE: Final = ("drift", "codrift", "subspaces", "importance")
 _BY_PROBE: Final = ("summary", "trend")
-_VERSIONS: Final = ("numpy", "pandas", "xarray", "h5py", "h5netcdf", "pyarrow")
+_VERSIONS: Final = ("driftlens", "numpy", "pandas", "xarray", "h5py", "h5netcdf", "pyarrow")
 _LABELS: Final[Mapping[str, str]] = {
     "run": "name of the run",
     "method": "name of the continual-learning method",
@@ -350,9 +350,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from driftlens import __version__
-
-    return {"driftlens": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def _file_name(run: Run) -> str:
