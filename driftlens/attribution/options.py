@@ -37,7 +37,7 @@ class AttributionOptions:
     tolerance: float | None = None
     max_nodes: int = 64
     swaps: bool = True
-    depth: int = 5
+    depth: int = 4
     depth_parts: bool = False
     permutations: int = 16
     restores: bool = False

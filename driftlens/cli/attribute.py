@@ -26,7 +26,7 @@ def attribute(
         float | None, typer.Option("--tolerance", help="Refine until the residual is below this share of the rise.")
     ] = None,
     no_swaps: Annotated[bool, typer.Option("--no-swaps", help="Leave the exact swaps out.")] = False,
-    depth: Annotated[int, typer.Option("--depth", help="Groups of layers that share out the rise; 0: none.")] = 5,
+    depth: Annotated[int, typer.Option("--depth", help="Groups of layers that share out the rise; 0: none.")] = 4,
     depth_parts: Annotated[
         bool, typer.Option("--depth-parts", help="Router and experts of each group apart (many more forwards).")
     ] = False,
