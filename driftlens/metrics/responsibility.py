@@ -116,7 +116,8 @@ def responsibility(gate: Gates, norm: Norms) -> Float64[np.ndarray, "*site token
 
     Rows without any output are NaN.
     """
-    magnitude = as_weights(gate) * as_weights(norm, "expert norms")
+    with np.errstate(invalid="ignore"):  # an infinite norm under a gate of 0 is NaN, as documented
+        magnitude = as_weights(gate) * as_weights(norm, "expert norms")
     return divide(magnitude, magnitude.sum(axis=-1, keepdims=True))
 
 
@@ -130,7 +131,9 @@ def responsibility_tokens(gate0: Gates0, gate1: Gates1, norm0: Norms0, norm1: No
     pi0, pi1 = pad_experts(pi0, pi1)
     o0, o1 = pad_experts(o0, o1)
     rho00, rho11, rho10, rho01 = (responsibility(pi, o) for pi, o in ((pi0, o0), (pi1, o1), (pi1, o0), (pi0, o1)))
-    whole = _whole(pi0 * o0) & _whole(pi1 * o1)
+    with np.errstate(invalid="ignore"):  # as in `responsibility`
+        magnitude0, magnitude1 = pi0 * o0, pi1 * o1
+    whole = _whole(magnitude0) & _whole(magnitude1)
     total = np.where(whole[..., None], js_of_shares(rho00, rho11), np.nan)
     router, experts = js_of_shares(rho00, rho10), js_of_shares(rho00, rho01)
     complete = ~(np.isnan(total) | np.isnan(router) | np.isnan(experts))
@@ -139,7 +142,7 @@ def responsibility_tokens(gate0: Gates0, gate1: Gates1, norm0: Norms0, norm1: No
         router=np.where(complete, router, np.nan),
         experts=np.where(complete, experts, np.nan),
         retained=np.where(np.isnan(total), np.nan, np.minimum(rho00, rho11).sum(axis=-1)),
-        reason=_reasons(pi0 * o0, pi1 * o1, total, whole),
+        reason=_reasons(magnitude0, magnitude1, total, whole),
     )
 
 
