@@ -213,3 +213,64 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         m.cka(z0, z1, B0[:, :, 1:], B1)
     with pytest.raises(ConfigError, match="expected at least 3 axes"):
         m.cka(z0[0, 0], z1, B0, B1)
+
+
+def test_one_anchor_serves_several_current_checkpoints_and_the_reverse() -> None:
+    z0, z1, B0, B1 = pair()
+    for tokens in (3, 9):
+        one = m.cka(z0[0, :tokens], z1[:, :tokens], B0[0], B1)
+        other = m.cka(z1[:, :tokens], z0[0, :tokens], B1, B0[0])
+        assert one.shape == other.shape == (2, 3)
+        for site in range(2):
+            alone = m.cka(z0[0, :tokens], z1[site, :tokens], B0[0], B1[site])
+            assert alone.shape == (3,)
+            np.testing.assert_allclose(one[site], alone, rtol=1e-12)
+            np.testing.assert_allclose(other[site], alone, rtol=1e-9)
+
+
+def test_equal_and_opposite_outputs_read_one_and_minus_one_and_never_beyond() -> None:
+    generator = np.random.default_rng(2)
+    shape, B = (500, 1, 1), generator.normal(size=(500, 1, 5, 2))
+    alike = generator.normal(size=(500, 6, 1, 2))
+    result = m.cka(alike, alike * generator.uniform(0.1, 10, size=(500, 1, 1, 1)), B, B)
+    np.testing.assert_allclose(result, 1.0, rtol=1e-9)
+    assert (result <= 1).all()
+    # Four tokens have pairs 12|34, 13|24 and 14|23; the first side sets 12|34 apart, the second puts them together.
+    first = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])[:, None]
+    second = np.array([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])[:, None]
+    scale = generator.uniform(0.1, 10, size=(2, *shape, 1))
+    flat = np.eye(2)[None]
+    result = m.cka(first * scale[0], second * scale[1], flat, flat)
+    np.testing.assert_allclose(result, -1.0, rtol=1e-9)
+    assert (result >= -1).all()
+
+
+@pytest.mark.parametrize("measure", [m.cka, m.biased_cka])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_what_counts_as_no_variation_does_not_depend_on_the_unit(measure, scale: float) -> None:
+    z, other, B, C = pair(experts=2, ranks=(4, 4))
+    B, z = B.copy(), z.copy()
+    B[:, 0] = B[:, 0, :, :1] * np.array([1, 3, 0.1, 0.7])  # varies only where B is blind
+    z[:, :, 0] = 0.3 + z[:, :, 0, :1] * np.array([3, -1, 0.7, -0.1])
+    for blind in ((z, B * scale), (z * scale, B)):
+        result = measure(blind[0], other, blind[1], C)
+        assert np.isnan(result[:, 0]).all()
+        np.testing.assert_allclose(result[:, 1], measure(z, other, B, C)[:, 1], rtol=1e-8)
+
+
+def test_every_gram_matrix_that_does_not_fit_is_named() -> None:
+    z0, z1, B0, B1 = pair()
+    G00, G11 = B0.swapaxes(-1, -2) @ B0, B1.swapaxes(-1, -2) @ B1
+    for name, checkpoint, path, grams in (
+        ("G00", "anchor", z0, (G00[..., :3], G11)),
+        ("G11", "current", z1, (G00, G11[..., :3])),
+    ):
+        gram = grams[0] if name == "G00" else grams[1]
+        rank = path.shape[-1]
+        for measure in (m.cka_from_grams, m.biased_cka_from_grams):
+            with pytest.raises(ConfigError) as caught:
+                measure(z0, z1, *grams)
+            assert str(caught.value) == (
+                f"The {checkpoint}'s pathways have shape {path.shape} and {name} has {gram.shape}; expected "
+                f"[..., n, E, r] and [..., 3, {rank}, {rank}]."
+            )

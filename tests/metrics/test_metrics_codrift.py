@@ -363,3 +363,76 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     G00, G01, G11 = m.expert_grams(p.B0, p.B1)
     with pytest.raises(ConfigError, match=r"G01 has shape \(2, 12, 11\); expected \[..., 12, 12\]"):
         m.codrift_from_grams(*p[:4], G00, G01[..., :11], G11)
+
+
+def tokens_of(rr: float, ee: float, re: float, u00_sq: float = 1.0, u11_sq: float = 1.0) -> m.CoDriftTokens:
+    return m.CoDriftTokens(*(np.array([value]) for value in (rr, ee, re, u00_sq, u11_sq)))
+
+
+def test_rounding_never_leaves_the_documented_ranges() -> None:
+    more = 1 + 1e-13
+    cancelled = tokens_of(1.0, 1.0, -more).reduce()
+    assert (cancelled.total, cancelled.coupling) == (0.0, -1.0)
+    assert tokens_of(1.0, 1.0, more).reduce().coupling == 1.0
+    assert tokens_of(0.0, 4 * more, 0.0).reduce().total == 1.0
+    assert tokens_of(1.0, 1.0, -more).change_sq == 0.0
+
+
+def test_parts_at_the_threshold_did_not_move() -> None:
+    tokens = tokens_of(1.0, 1.0, 0.5)  # router = experts = 1/4, total = 3/4
+    still = tokens.reduce(still=0.25)
+    assert still.coupling_reason == m.Reason.NOTHING_MOVED
+    assert np.isnan(still.coupling)
+    assert still.share == pytest.approx(1 / 3)
+    assert np.isnan(tokens.reduce(still=0.75).share)
+    for router, experts, reason in (
+        (1.0, 2.0, m.Reason.ROUTER_DID_NOT_MOVE),
+        (2.0, 1.0, m.Reason.EXPERTS_DID_NOT_MOVE),
+    ):
+        one = tokens_of(router, experts, 0.5).reduce(still=0.25)
+        assert one.coupling_reason == reason
+        assert np.isnan(one.coupling)
+        assert one.reason == m.Reason.DEFINED
+
+
+def test_a_single_site_needs_no_site_axis() -> None:
+    p = pair()
+    alone = m.codrift_from_grams(*(part[0] for part in p[:4]), *(gram[0] for gram in m.expert_grams(p.B0, p.B1)))
+    both = m.codrift_from_grams(*p[:4], *m.expert_grams(p.B0, p.B1))
+    base = np.random.default_rng(3).random((2, 7)) + 1
+    sample = np.array([0, 0, 0, 1, 1, 2, 2])
+    np.testing.assert_allclose(alone.impact(base[0], sample), np.array(both.impact(base, sample))[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(alone.per_sample(sample).re, both.per_sample(sample).re[0], rtol=1e-12)
+
+
+def test_reasons_have_no_interval() -> None:
+    p = pair()
+    tokens = m.codrift_from_grams(*p[:4], *m.expert_grams(p.B0, p.B1))
+    for field in ("reason", "coupling_reason", "change_sq"):
+        with pytest.raises(ConfigError) as caught:
+            tokens.interval(field)
+        assert str(caught.value) == (
+            f"No interval for {field!r}; the fields are total, router, experts, cross, coupling, share."
+        )
+
+
+def test_every_shape_that_does_not_fit_is_named_with_what_is_expected() -> None:
+    p = pair(experts=(2, 3), ranks=(2, 4))
+    grams = dict(zip(("G00", "G01", "G11"), m.expert_grams(p.B0, p.B1), strict=True))
+    sizes = {"G00": (4, 4), "G01": (4, 12), "G11": (12, 12)}
+    for name, gram in grams.items():
+        changed = {**grams, name: gram[..., :-1]}
+        with pytest.raises(ConfigError) as caught:
+            m.codrift_from_grams(*p[:4], *changed.values())
+        rows, columns = sizes[name]
+        assert str(caught.value) == (
+            f"{name} has shape {changed[name].shape}; expected [..., {rows}, {columns}] for E r columns."
+        )
+    for name, z0, z1 in (("anchor", p.z0[:, :, :1], p.z1), ("current", p.z0, p.z1[:, :, :1])):
+        with pytest.raises(ConfigError) as caught:
+            m.codrift_from_grams(p.gate0, p.gate1, z0, z1, *grams.values())
+        gate, path = (p.gate0, z0) if name == "anchor" else (p.gate1, z1)
+        assert str(caught.value) == (
+            f"The {name}'s gates have shape {gate.shape} and its pathways {path.shape}; expected [..., n, E] and "
+            "[..., n, E, r]."
+        )

@@ -93,3 +93,47 @@ def test_spearman_is_undefined_for_constants_nan_and_nothing() -> None:
     x = np.stack([np.arange(5.0), np.full(5, 2.0), np.array([1, 2, np.nan, 4, 5])])
     assert np.isnan(m.spearman(x, np.arange(5.0))).tolist() == [False, True, True]
     assert np.isnan(m.spearman(np.zeros((2, 0)), np.zeros((2, 0)))).all()
+
+
+def test_the_top_share_may_be_everything_and_no_more() -> None:
+    importance = np.random.default_rng(3).exponential(size=(4, 5))
+    assert m.importance_concentration(importance, top=1).top_share == pytest.approx(1.0)
+    for top in (-0.1, 1.01, 2):
+        with pytest.raises(ConfigError) as caught:
+            m.importance_concentration(importance, top=top)
+        assert str(caught.value) == (f"The top share of pathways is {top}; expected a number above 0 and at most 1.")
+
+
+def test_small_updates_are_read_from_grams_too() -> None:
+    A0 = normal(3, 2, 4, 9)
+    A1 = A0 * np.array([1.001, 0.99, 1.0, 1.1])[:, None]
+    grams = (A0 @ A0.swapaxes(-1, -2), A0 @ A1.swapaxes(-1, -2), A1 @ A1.swapaxes(-1, -2))
+    np.testing.assert_allclose(m.rank_update_from_grams(*grams), [[0.001, 0.01, 0.0, 0.1]] * 2, atol=1e-7)
+
+
+def test_pathways_that_do_not_pair_are_refused_in_full() -> None:
+    with pytest.raises(ConfigError) as caught:
+        m.rank_update(np.zeros((2, 5)), np.zeros((3, 5)))
+    assert str(caught.value) == (
+        "The factors have shapes (2, 5) and (3, 5); the update of a pathway needs the same pathways at both "
+        "checkpoints."
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_spearman_without_items_is_undefined_in_the_shape_of_the_sites() -> None:
+    result = m.spearman(np.zeros((2, 3, 0)), np.zeros((2, 3, 0)))
+    assert result.shape == (2, 3)
+    assert np.isnan(result).all()
+    assert np.isnan(m.spearman(np.ones((2, 1)), np.ones((2, 1)))).all()
+
+
+def test_spearman_of_equal_and_reversed_orders_stays_within_one() -> None:
+    generator = np.random.default_rng(8)
+    for items in range(2, 60):
+        x = np.round(generator.normal(size=(20, items)), 1)
+        x[:, 0] += 10  # never constant
+        for sign in (1, -1):
+            result = m.spearman(x, sign * x**3)
+            np.testing.assert_allclose(result, sign, rtol=1e-9)
+            assert (np.abs(result) <= 1).all()

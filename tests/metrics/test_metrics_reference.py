@@ -144,3 +144,84 @@ def test_what_does_not_fit_is_refused() -> None:
         m.drift_origin(site.side(0, 0), site.side(0, 1), site.side(1, 1), g00, g01[..., :5], g11)
     with pytest.raises(ConfigError, match="twice the same"):
         m.expert_drift_tokens(site.side(0, 1)[1], short.side(1, 1)[1], g00, g01, g11)
+
+
+def test_samples_weigh_alike_in_the_parts_too() -> None:
+    sample = np.array([4, 4, 4, 1, 1, 2, 2, 2, 2])
+    tokens = Site().origin()
+    by_sample = tokens.per_sample(sample)
+    for name in ("inherited", "local", "cross", "u00_sq", "u11_sq"):
+        values = getattr(tokens, name)
+        expected = np.stack([values[:, sample == label].mean(-1) for label in (1, 2, 4)], axis=-1)
+        np.testing.assert_allclose(getattr(by_sample, name), expected, rtol=1e-12)
+    np.testing.assert_allclose(by_sample.reduce().local, tokens.reduce(sample).local, rtol=1e-12)
+
+
+def test_rounding_never_leaves_the_documented_range() -> None:
+    def total(inherited: float, local: float, cross: float) -> float:
+        parts = (np.array([value]) for value in (inherited, local, cross, 1.0, 1.0))
+        return float(m.DriftOriginTokens(*parts).reduce().total)
+
+    more = 1 + 1e-13
+    assert total(1.0, 1.0, -more) == 0.0
+    assert total(0.0, 4 * more, 0.0) == 1.0
+
+
+def test_small_experts_and_small_drifts_are_what_they_are() -> None:
+    site = Site()
+    site.A[1], site.B[1] = site.A[0], 1.001 * site.B[0]
+    old = 1e-3 * site.outputs(0, 1)
+    tokens = m.expert_drift_tokens(1e-3 * site.side(0, 1)[1], 1e-3 * site.side(1, 1)[1], *site.grams())
+    np.testing.assert_allclose(tokens.anchor_sq, (old**2).sum(-1), rtol=1e-10)
+    np.testing.assert_allclose(tokens.drift_sq, 1e-6 * tokens.anchor_sq, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sums_that_are_not_finite_are_told_and_reasons_are_small_integers() -> None:
+    found = m.expert_drift(np.array([np.inf, -1e-30, np.nan, 0.0]), np.array([1.0, 1.0, 1.0, 0.0]))
+    assert np.isnan(found.value[1:]).all()
+    assert found.reason.tolist() == [m.Reason.NOT_FINITE] * 3 + [m.Reason.NO_OUTPUT_ANCHOR]
+    assert found.reason.dtype == np.uint8
+    for tokens in (N, 0):
+        site = Site()
+        site.inputs = [part[:, :tokens] for part in site.inputs]
+        reason = site.origin().reduce().reason
+        assert reason.dtype == np.uint8
+        assert reason.tolist() == [m.Reason.DEFINED if tokens else m.Reason.NO_TOKENS] * S
+
+
+def test_a_single_site_needs_no_site_axis() -> None:
+    site = Site(experts=(3, 4), ranks=(2, 5))
+    sides = [site.side(0, 0), site.side(0, 1), site.side(1, 1)]
+    alone = m.drift_origin(*((gate[0], z[0]) for gate, z in sides), *(gram[0] for gram in site.grams())).reduce()
+    for name in ("total", "inherited", "local", "cross"):
+        np.testing.assert_allclose(getattr(alone, name), getattr(site.origin().reduce(), name)[0], rtol=1e-12)
+
+
+def test_every_shape_that_does_not_fit_is_named() -> None:
+    site = Site(experts=(3, 4), ranks=(2, 5))
+    sides = (site.side(0, 0), site.side(0, 1), site.side(1, 1))
+    sizes = {"G00": (6, 6), "G01": (6, 20), "G11": (20, 20)}
+    grams = dict(zip(sizes, site.grams(), strict=True))
+    for name, (rows, columns) in sizes.items():
+        with pytest.raises(ConfigError) as caught:
+            m.drift_origin(*sides, *{**grams, name: grams[name][..., 1:]}.values())
+        assert str(caught.value) == (
+            f"{name} has shape (2, {rows}, {columns - 1}); expected [..., {rows}, {columns}] for E r columns."
+        )
+    gate, z = sides[0]
+    for bad in ((gate[..., :2], z), (gate, z[..., 0]), (gate[0, 0], z[0, 0])):
+        with pytest.raises(ConfigError) as caught:
+            m.drift_origin(bad, *sides[1:], *grams.values())
+        assert str(caught.value) == (
+            f"Gates have shape {bad[0].shape} and pathways {bad[1].shape}; expected [..., n, E] and [..., n, E, r]."
+        )
+    with pytest.raises(ConfigError) as caught:
+        m.expert_drift_tokens(z, z, *(grams["G00"][..., 1:] for _ in range(3)))
+    assert str(caught.value) == "A Gram matrix has shape (2, 6, 5); expected [..., 6, 6] for E r columns."
+    for old, new in ((z, z[:, 1:]), (z[0, 0], z[0, 0])):
+        with pytest.raises(ConfigError) as caught:
+            m.expert_drift_tokens(old, new, *(grams["G00"] for _ in range(3)))
+        assert str(caught.value) == (
+            f"Pathways have shapes {old.shape} and {new.shape}; expected [..., n, E, r], twice the same."
+        )
