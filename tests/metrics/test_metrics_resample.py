@@ -149,3 +149,57 @@ def test_impossible_settings_are_named() -> None:
         m.percentile_interval(np.zeros((3, 1)), level=95)
     with pytest.raises(ConfigError, match="average_over is 0; count axes from the end"):
         m.bootstrap_mean(np.zeros((2, 3)), average_over=0)
+
+
+def test_no_tokens_leave_the_other_axes_as_they_are() -> None:
+    empty = np.zeros(0, dtype=int)
+    assert m.sample_means(np.zeros((2, 0, 3)), empty, axis=-2).shape == (2, 0, 3)
+    assert m.sample_means(np.zeros((0, 2, 3)), empty, axis=0).shape == (0, 2, 3)
+
+
+def test_one_draw_one_sample_and_none_are_possible() -> None:
+    assert m.bootstrap_weights(5, draws=1).sum() == 5
+    np.testing.assert_array_equal(m.bootstrap_weights(1, draws=3), np.ones((3, 1)))
+    assert m.bootstrap_weights(0, draws=3).shape == (3, 0)
+    assert m.bootstrap_weights(4).shape == (1000, 4)
+
+
+@pytest.mark.parametrize("level", [0, 1, 1.5, -0.1])
+def test_levels_that_are_no_coverage_are_refused(level: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        m.percentile_interval(np.zeros((3, 1)), level=level)
+    assert str(caught.value) == (f"The interval level is {level}; expected a number between 0 and 1, such as 0.95.")
+
+
+@pytest.mark.parametrize("defined", [1, 2, 3, 5])
+def test_intervals_of_few_replicates_are_numpys(defined: int) -> None:
+    replicates = np.full((6, 2), np.nan)
+    replicates[-defined:] = np.random.default_rng(6).normal(size=(defined, 2))
+    for level in (0.5, 0.9, 0.99):
+        wanted = np.quantile(replicates[-defined:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        np.testing.assert_allclose(m.percentile_interval(replicates, level), wanted, rtol=1e-12)
+
+
+def test_two_samples_have_an_interval() -> None:
+    result = m.bootstrap_mean([[1.0, 3.0]])
+    assert result.value == 2.0
+    assert (result.low, result.high) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("axes", [-1, -2, (-1, -2)])
+def test_any_sites_can_be_averaged(axes: int | tuple[int, ...]) -> None:
+    values = np.random.default_rng(7).random((3, 4, 9))
+    whole = m.bootstrap_mean(values, draws=50)
+    for result in (
+        m.bootstrap_mean(values, draws=50, average_over=axes),
+        m.bootstrap_ratio(values, np.ones_like(values), draws=50, average_over=axes),
+    ):
+        np.testing.assert_allclose(result.value, whole.value.mean(axis=axes), rtol=1e-12)
+        assert result.low.shape == result.value.shape
+    for wrong in (0, (-1, 1)):
+        with pytest.raises(ConfigError, match="count axes from the end"):
+            m.bootstrap_mean(values, average_over=wrong)
+
+
+def test_a_drift_at_the_noise_floor_does_not_exceed_it() -> None:
+    assert m.exceeds_noise([0.1, np.nan, 0.2], [0.1, 0.1, np.nan]).tolist() == [False, False, False]

@@ -210,3 +210,44 @@ def test_bad_arguments_are_named() -> None:
         m.responsibility_drift(g0, g1[:, :5], o0, o1[:, :5])
     with pytest.raises(ConfigError, match="norm0 holds negative entries"):
         m.responsibility_drift(g0, g1, -o0, o1)
+
+
+def test_tokens_of_a_sample_average_without_those_that_are_undefined() -> None:
+    g0, g1, o0, o1 = quad()
+    o0[0, 1] = 0  # silent
+    o0[1, 4], g1[1, 4] = [1, 0, 0, 0], [0, 1, 0, 0]  # a mixed update of nothing
+    sample = np.array([7, 7, 3, 3, 3, 3])
+    tokens = m.responsibility_tokens(g0, g1, o0, o1)
+    by_sample = tokens.per_sample(sample)
+    for name in ("total", "router", "experts", "retained"):
+        values = getattr(tokens, name)
+        expected = np.stack([np.nanmean(values[:, sample == label], axis=-1) for label in (3, 7)], axis=-1)
+        np.testing.assert_allclose(getattr(by_sample, name), expected, rtol=1e-12)
+    assert by_sample.reason is tokens.reason
+    np.testing.assert_allclose(by_sample.reduce().total, tokens.reduce(sample).total, rtol=1e-12)
+
+
+def test_small_outputs_are_outputs() -> None:
+    g0, g1, o0, o1 = quad()
+    o1[0] = 0
+    result = m.responsibility_drift(g0, g1, 1e-6 * o0, 1e-6 * o1)
+    assert result.reason.tolist() == [m.Reason.NO_OUTPUT_CURRENT, m.Reason.DEFINED]
+
+
+def test_alignment_weighs_samples_alike_and_leaves_silent_tokens_out() -> None:
+    g0, _, o0, _ = quad()
+    o0[:, 1] = 0
+    sample = np.array([7, 7, 3, 3, 3, 3])
+    spoken = np.stack([1 - m.js_divergence(g0[:, i], o0[:, i]) for i in (0, 2, 3, 4, 5)], axis=-1)
+    np.testing.assert_allclose(m.alignment(g0, o0), spoken.mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(m.alignment(g0, o0, sample), (spoken[:, 0] + spoken[:, 1:].mean(-1)) / 2, rtol=1e-12)
+    z = np.sqrt(o0)[..., None]
+    np.testing.assert_allclose(m.alignment_energy(g0, z, sample), m.alignment(g0, o0, sample), rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_norms_make_no_noise() -> None:
+    g0, g1, o0, o1 = quad()
+    o1[1, 0, 0], g1[1, 0, 0] = np.inf, 0
+    result = m.responsibility_drift(g0, g1, o0, o1)
+    assert result.reason.tolist() == [m.Reason.DEFINED, m.Reason.NOT_FINITE]

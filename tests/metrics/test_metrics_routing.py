@@ -268,3 +268,70 @@ def test_float16_gates_are_computed_in_float64() -> None:
     value = m.router_js(g0, g1)
     assert value.dtype == np.float64
     assert value == m.router_js(g0.astype(np.float64), g1.astype(np.float64))
+
+
+SAMPLE = np.array([5, 5, 5, 9, 9, 2, 9])
+WEIGHT = np.array([1 / 9] * 3 + [1 / 9, 1 / 9, 1 / 3, 1 / 9])
+
+
+def test_every_share_of_tokens_weighs_samples_alike() -> None:
+    g0, g1 = gates(6, 2, 7, 4), gates(7, 2, 7, 4)
+    g0[0, 1] = g0[0, 5] = [0.4, 0.4, 0.1, 0.1]  # ties
+    np.testing.assert_allclose(m.mass_moved(g0, g1, SAMPLE), m.mass_moved_tokens(g0, g1) @ WEIGHT, rtol=1e-12)
+    switch = m.top1_switch(g0, g1, SAMPLE)
+    best = [g.argmax(-1) for g in (g0, g1)]
+    np.testing.assert_allclose(switch.switched, (best[0] != best[1]) @ WEIGHT, rtol=1e-12)
+    np.testing.assert_allclose(switch.ties, [WEIGHT[1] + WEIGHT[5], 0], rtol=1e-12)
+    loads = [np.stack([(b == e) @ WEIGHT for e in range(4)], axis=-1) for b in best]
+    np.testing.assert_allclose(switch.chance, 1 - (loads[0] * loads[1]).sum(-1), rtol=1e-12)
+    common = (m.topk_mask(g0, 2) & m.topk_mask(g1, 2)).sum(-1) / 2
+    np.testing.assert_allclose(m.topk_overlap(g0, g1, 2, SAMPLE).overlap, common @ WEIGHT, rtol=1e-12)
+
+
+def test_relative_js_weighs_samples_alike_above_and_below() -> None:
+    g0, g1 = gates(6, 2, 7, 4), gates(7, 2, 7, 4)
+    cycle = np.random.default_rng(0).permutation(7)
+    partner = np.empty(7, dtype=int)
+    for i in range(7):
+        partner[cycle[i]] = cycle[i - 1]
+    expected = (m.js_divergence(g0, g1) @ WEIGHT) / (m.js_divergence(g0, g0[:, partner]) @ WEIGHT)
+    np.testing.assert_allclose(m.relative_js(g0, g1, SAMPLE).value, expected, rtol=1e-12)
+
+
+def test_a_token_without_a_site_is_a_full_change_beside_tokens_that_have_one() -> None:
+    some, all_there = np.array([[0.0, 0.0], [0.2, 0.8]]), np.array([[0.5, 0.5], [0.2, 0.8]])
+    for first, second in ((some, all_there), (all_there, some)):
+        np.testing.assert_array_equal(m.mass_moved_tokens(first, second), [1, 0])
+        np.testing.assert_array_equal(m.js_divergence(first, second), [1, 0])
+    assert m.topk_mask(some, 1).tolist() == [[False, False], [False, True]]
+
+
+def test_k_may_be_one_or_all() -> None:
+    gate = gates(22, 5, 3)
+    np.testing.assert_array_equal(m.topk_mask(gate, 1), np.arange(3) == gate.argmax(-1)[:, None])
+    assert m.topk_mask(gate, 3).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_relative_js_at_its_limits() -> None:
+    two = np.eye(2)  # two tokens of different kind: their divergence is 1
+    assert m.relative_js(two, two[::-1]).value == 1.0
+    assert m.relative_js(two, two[::-1], noise_floor=1.0).reason == m.Reason.BELOW_NOISE_FLOOR
+    same = np.tile([0.3, 0.7], (2, 5, 1))
+    for tokens, reason in ((5, m.Reason.BELOW_NOISE_FLOOR), (1, m.Reason.TOO_FEW_TOKENS), (0, m.Reason.NO_TOKENS)):
+        result = m.relative_js(same[:, :tokens], same[:, :tokens])
+        assert result.value.dtype == np.float64
+        assert np.isnan(result.value).tolist() == [True, True]
+        assert result.reason.tolist() == [reason] * 2
+    broken = gates(18, 2, 5, 3)
+    broken[1, 2, 0] = np.nan
+    assert m.relative_js(gates(18, 2, 5, 3), broken).reason.tolist() == [m.Reason.DEFINED, m.Reason.NOT_FINITE]
+
+
+def test_broken_gates_have_no_ties() -> None:
+    g0, g1 = gates(18, 2, 5, 3), gates(19, 2, 5, 3)
+    g1[1, 2, 0] = np.nan
+    for first, second in ((g0, g1), (g1, g0)):
+        ties = m.top1_switch(first, second).ties
+        assert ties[0] == 0
+        assert np.isnan(ties[1])
