@@ -102,3 +102,29 @@ def test_format_share_by_hand() -> None:
     assert math.isnan(m.format_share(lenient * 0, lenient * 0).overall)
     with pytest.raises(ConfigError, match="strict scores have 2 tasks and the lenient ones 1"):
         m.format_share(strict, np.zeros((2, 1)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_task_is_undefined_without_a_warning() -> None:
+    scores = m.stream_scores([[0.1], [0.9]])
+    assert [name for name, value in scores.items() if math.isnan(value)] == ["BWT_T-1", "forgetting_max", "FWT"]
+    assert all(math.isnan(value) for value in m.foreign_scores([[0.1], [0.9]]).values())
+
+
+def test_the_refusal_of_a_shape_is_complete() -> None:
+    for function in (m.stream_scores, m.foreign_scores):
+        with pytest.raises(ConfigError) as caught:
+            function(np.zeros((2, 3)))
+        assert str(caught.value) == (
+            "The score matrix has shape (2, 3); expected [T+1, T]: one row per checkpoint (row 0 before the first task) "
+            "and one column per task."
+        )
+
+
+def test_a_lenient_score_that_rose_makes_the_share_more_than_one() -> None:
+    strict = np.array([[0, 0, 0], [1.0, 0, 0], [0.2, 0.9, 0], [0.5, 0.9, 1.0]])
+    lenient = np.array([[0, 0, 0], [0.6, 0, 0], [0.8, 0.9, 0], [0.85, 0.6, 1.0]])
+    result = m.format_share(strict, lenient)
+    assert result.per_task[0] == pytest.approx(1.5)  # .5 lost by the letter, .25 won in substance
+    assert np.isnan(result.per_task[1:]).all()  # nothing lost by the letter, whatever was lost in substance
+    assert result.overall == pytest.approx((0.5 - (-0.25 + 0.3)) / 0.5)

@@ -225,3 +225,71 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         m.whitening(np.zeros((2, 3)))
     with pytest.raises(ConfigError, match=r"shape \(3,\) was passed; expected \[..., r, d\]"):
         m.orthonormal_rows(np.zeros(3))
+
+
+def test_a_whitening_is_zero_beyond_the_rank() -> None:
+    A = normal(23, 3, 12)
+    gram = grams(np.concatenate([A, A[:2]]), A)[0]
+    white = m.whitening(gram)
+    assert white.rank == 3
+    np.testing.assert_array_equal(white.matrix[3:], 0)
+    np.testing.assert_allclose(white.matrix @ gram @ white.matrix.T, np.diag([1.0, 1, 1, 0, 0]), atol=1e-9)
+    zero = m.whitening(np.zeros((2, 2)))
+    assert zero.rank == 0
+    np.testing.assert_array_equal(zero.matrix, 0)
+
+
+def test_the_tolerance_decides_the_rank_on_either_side_and_route() -> None:
+    weak = np.diag([1.0, 0.5, 1e-3]) @ np.linalg.qr(normal(24, 9, 3))[0].T
+    full = normal(25, 3, 9)
+    assert m.orthonormal_rows(weak).rank == 3
+    assert m.orthonormal_rows(weak, rtol=0.01).rank == 2
+    for A0, A1 in ((weak, full), (full, weak)):
+        for pair in (m.pair_from_factors(A0, A1, rtol=0.01), m.pair_from_grams(*grams(A0, A1), 9, rtol=0.01)):
+            assert (pair.rank0, pair.rank1) == ((2, 3) if A0 is weak else (3, 2))
+
+
+def test_equal_and_orthogonal_subspaces_stay_within_the_range() -> None:
+    A = normal(26, 300, 3, 9)
+    moments = np.einsum("skd,sld->skl", A, A)
+    turned = normal(27, 300, 3, 3) @ A
+    for pair in (
+        m.pair_from_factors(A, A),
+        m.pair_from_factors(A, turned),
+        m.pair_from_grams(*grams(A, turned), 9),
+    ):
+        for value in (pair.overlap(), pair.active_overlap(moments)):
+            np.testing.assert_allclose(value, 1.0, atol=1e-6)
+            assert (value <= 1).all()
+        assert (pair.angles() >= 0).all()  # and none is NaN
+        np.testing.assert_allclose(pair.angles(), 0.0, atol=1e-4)
+    apart = np.linalg.svd(A)[2][:, 3:6]
+    for pair in (m.pair_from_factors(A, apart), m.pair_from_grams(*grams(A, apart), 9)):
+        value = pair.active_overlap(moments)
+        np.testing.assert_allclose(value, 0.0, atol=1e-9)
+        assert (value >= 0).all()
+        np.testing.assert_allclose(pair.angles(), math.pi / 2, atol=1e-6)
+
+
+def test_active_overlap_needs_both_subspaces() -> None:
+    A, moment_of = normal(28, 3, 9), np.eye(3)
+    assert np.isnan(m.active_overlap(A, 0 * A, moment_of))
+    assert np.isnan(m.active_overlap(0 * A, A, moment_of))
+    one = np.array([[1.0, 0, 0]])
+    assert m.active_overlap(one, np.array([[0.6, 0.8, 0]]), np.eye(1)) == pytest.approx(0.36)
+
+
+def test_every_side_that_does_not_fit_is_named() -> None:
+    for A0, A1 in ((normal(0, 4, 2, 8), normal(0, 4, 2, 9)), (normal(0, 4, 2, 9), normal(0, 4, 2, 8))):
+        with pytest.raises(ConfigError) as caught:
+            m.pair_from_factors(A0, A1)
+        assert str(caught.value) == (
+            f"The subspaces live in dimensions {A0.shape[-1]} and {A1.shape[-1]}; only factors of the same site can be "
+            "compared."
+        )
+    for shape in ((12, 10), (10, 12)):
+        with pytest.raises(ConfigError) as caught:
+            m.expert_blocks(np.zeros(shape), 4)
+        assert str(caught.value) == (
+            f"A Gram matrix of {shape[0]} x {shape[1]} cannot be cut into blocks of 4 experts."
+        )

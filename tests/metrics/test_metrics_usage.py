@@ -144,3 +144,82 @@ def test_no_tokens_is_undefined() -> None:
     assert np.isnan(m.gate_entropy(empty)).all()
     assert np.isnan(m.load_entropy(empty)).all()
     assert np.isnan(m.coactivation(empty, 2)).all()
+
+
+def test_two_experts_have_entropies_in_bits() -> None:
+    assert m.gate_entropy(np.array([[0.25, 0.75]])) == pytest.approx(entropy([0.25, 0.75], base=2), rel=1e-12)
+    assert m.load_entropy(np.array([[1.0, 0.0], [0.5, 0.5]])) == pytest.approx(entropy([0.75, 0.25], base=2), rel=1e-12)
+    assert m.coactivation_chance(1, 2) == 0.0
+    assert m.coactivation_chance(2, 2) == 1.0
+
+
+def test_tokens_without_a_site_have_no_entropy_and_the_others_have() -> None:
+    gate = np.array([[0.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+    assert np.isnan(m.gate_entropy_tokens(gate)).tolist() == [True, False]
+    assert np.isnan(m.load_entropy(np.stack([0 * gate, gate]))).tolist() == [True, False]
+
+
+def test_entropies_of_equal_shares_are_one_and_no_more() -> None:
+    for experts in range(2, 60):
+        gate = np.full((3, experts), 1 / experts)
+        for value in (*m.gate_entropy_tokens(gate), m.load_entropy(gate)):
+            assert 1 - 1e-12 < value <= 1
+
+
+def test_limits_themselves_are_neither_near_uniform_nor_dead() -> None:
+    assert m.near_uniform(np.array([m.NEAR_UNIFORM_ENTROPY, np.nextafter(m.NEAR_UNIFORM_ENTROPY, 1)])).tolist() == [
+        False,
+        True,
+    ]
+    assert m.dead_experts(np.array([[0.05, 0.95]])) == 0  # exactly 1/(10 E)
+    assert m.dead_experts(np.array([[0.04, 0.96]])) == 1
+
+
+def test_dead_experts_are_those_of_the_mean_over_samples() -> None:
+    gate = np.array([[0.0, 1.0]] * 9 + [[0.3, 0.7]])
+    assert m.dead_experts(gate) == 1  # 0.03 of the tokens' work
+    assert m.dead_experts(gate, np.array([0] * 9 + [1])) == 0  # 0.15 of the samples'
+
+
+def test_experts_that_a_task_never_uses_are_not_counted_as_occupied() -> None:
+    loads = np.array([[0.7, 0.3, 0.0, 0.0], [0.4, 0.4, 0.2, 0.0], [0.1, 0.9, 0.0, 0.0]])
+    counts = np.array([5.0, 4.0, 6.0])
+    given = np.mean(entropy(loads, axis=-1) + np.array([1, 2, 1]) / (2 * counts))
+    whole = entropy(loads.mean(0)) + 2 / (2 * 15)
+    expected = max((whole - given) / math.log(3), 0)
+    assert m.specialisation(loads, counts).value == pytest.approx(expected, rel=1e-12)
+    many = m.specialisation(loads, 10 * counts)
+    given = np.mean(entropy(loads, axis=-1) + np.array([1, 2, 1]) / (20 * counts))
+    assert 0 < many.value
+    assert many.value == pytest.approx((entropy(loads.mean(0)) + 2 / 300 - given) / math.log(3), rel=1e-12)
+
+
+def test_specialisation_stays_within_its_range() -> None:
+    assert m.specialisation(np.eye(2), np.array([3, 3])).value == 1.0  # the correction alone would go beyond
+    assert m.specialisation(np.full((2, 4), 0.25), np.array([3, 3])).value == 0.0  # and here below
+    assert m.specialisation(np.eye(2), np.array([1, 1])).reason == m.Reason.DEFINED  # one token is one
+
+
+def test_sites_may_have_counts_of_their_own() -> None:
+    loads = gates(3, 3, 2, 4)
+    counts = np.array([[5, 7], [0, 7], [30, 40]])
+    result = m.specialisation(loads, counts)
+    assert result.reason.tolist() == [m.Reason.DEFINED, m.Reason.NO_TOKENS, m.Reason.DEFINED]
+    for site in (0, 2):
+        assert result.value[site] == m.specialisation(loads[site], counts[site]).value
+    loads[0, 0], loads[2, 1, 0] = 0, np.nan
+    assert m.specialisation(loads, np.array([5, 7])).reason.tolist() == [
+        m.Reason.NO_TOKENS,
+        m.Reason.DEFINED,
+        m.Reason.NOT_FINITE,
+    ]
+
+
+def test_what_has_no_specialisation_is_nan_in_the_shape_of_the_sites() -> None:
+    for loads in (np.ones((2, 3, 1)), np.full((2, 1, 3), 1 / 3)):
+        value = m.specialisation(loads, np.ones(loads.shape[1])).value
+        assert value.dtype == np.float64
+        assert np.isnan(value).tolist() == [True, True]
+    with pytest.raises(ConfigError) as caught:
+        m.specialisation(np.ones(3), np.ones(1))
+    assert str(caught.value) == "loads has shape (3,); expected [..., probes, experts]."
