@@ -116,8 +116,8 @@ def test_the_refusal_of_a_shape_is_complete() -> None:
         with pytest.raises(ConfigError) as caught:
             function(np.zeros((2, 3)))
         assert str(caught.value) == (
-            "The score matrix has shape (2, 3); expected [T+1, T]: one row per checkpoint (row 0 before the first task) "
-            "and one column per task."
+            "The score matrix has shape (2, 3); expected [T+1, T]: one row per checkpoint (row 0 before the first "
+            "task) and one column per task."
         )
 
 

@@ -190,7 +190,7 @@ def test_experts_that_a_task_never_uses_are_not_counted_as_occupied() -> None:
     assert m.specialisation(loads, counts).value == pytest.approx(expected, rel=1e-12)
     many = m.specialisation(loads, 10 * counts)
     given = np.mean(entropy(loads, axis=-1) + np.array([1, 2, 1]) / (20 * counts))
-    assert 0 < many.value
+    assert many.value > 0
     assert many.value == pytest.approx((entropy(loads.mean(0)) + 2 / 300 - given) / math.log(3), rel=1e-12)
 
 
