@@ -78,7 +78,7 @@ def test_products_that_are_not_finite_end_without_a_warning(bad: float) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     (_, z0, B0), (_, z1, B1) = side(0, 3, 2), side(1, 4, 5)
     G01 = m.expert_grams(B0, B1)[1]
-    with pytest.raises(ProbeError, match="^The pathways of the two checkpoints hold 6 and 5 tokens"):
+    with pytest.raises(ProbeError, match=r"^The pathways of the two checkpoints hold 6 and 5 tokens"):
         expert_products(z0, z1[:, 1:], G01)
     for gram in (G01[..., 1:], G01[:, 1:]):
         with pytest.raises(ConfigError) as caught:
