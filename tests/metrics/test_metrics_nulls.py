@@ -163,6 +163,19 @@ def test_seeds_decide() -> None:
     assert first == second != other
 
 
+def test_unless_told_otherwise_drift_is_asked_whether_it_is_small_in_200_draws_of_seed_0() -> None:
+    gate0, gate1 = gates(0, 9, 3), gates(1, 9, 3)
+
+    def drift(gate: np.ndarray) -> np.ndarray:
+        return m.router_js(gate0, gate)
+
+    for null in (m.permuted_tokens, m.permuted_experts):
+        assert null(drift, gate1) == null(drift, gate1, draws=200, seed=0, tail="low")
+        assert null(drift, gate1) != null(drift, gate1, draws=199)
+    assert m.random_overlap_null(0.3, 2, 2, 9) == m.random_overlap_null(0.3, 2, 2, 9, draws=1000, seed=0)
+    assert m.null_test(1.0, [0.0, 2.0, 3.0]) == m.null_test(1.0, [0.0, 2.0, 3.0], "low")
+
+
 def test_impossible_requests_are_named() -> None:
     with pytest.raises(ConfigError, match="at least 1 is needed"):
         m.permuted_tokens(lambda gate: gate, gates(0, 4, 2), draws=0)
