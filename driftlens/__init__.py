@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from driftlens import figures
-    from driftlens.analysis import Run, align_experts, compare, match_experts
+    from driftlens.analysis import Run, align_experts, compare, comparison_dataset, export_run, match_experts, validity
     from driftlens.analysis import open_run as open  # noqa: A004 - `dl.open(path)` is the documented name
     from driftlens.recording import RecordCallback, record
     from driftlens.recording.weight_drift import weight_drift
@@ -26,11 +26,14 @@ __all__ = [
     "__version__",
     "align_experts",
     "compare",
+    "comparison_dataset",
+    "export_run",
     "figures",
     "match_experts",
     "open",
     "open_recording",
     "record",
+    "validity",
     "weight_drift",
 ]
 
@@ -39,11 +42,14 @@ _HOMES = {
     "Run": ("driftlens.analysis", "Run"),
     "align_experts": ("driftlens.analysis", "align_experts"),
     "compare": ("driftlens.analysis", "compare"),
+    "comparison_dataset": ("driftlens.analysis", "comparison_dataset"),
+    "export_run": ("driftlens.analysis", "export_run"),
     "match_experts": ("driftlens.analysis", "match_experts"),
     "open": ("driftlens.analysis", "open_run"),
     "open_recording": ("driftlens.store", "open_recording"),
     "RecordCallback": ("driftlens.recording", "RecordCallback"),
     "record": ("driftlens.recording", "record"),
+    "validity": ("driftlens.analysis", "validity"),
     "weight_drift": ("driftlens.recording.weight_drift", "weight_drift"),
 }
 
