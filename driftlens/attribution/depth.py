@@ -125,7 +125,7 @@ class _Coalitions:
     known: dict[bytes, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._routed = np.array([not _gate_is_one(pair) for pair in self.pairs])
+        self._routed = np.array([pair.routes for pair in self.pairs])
 
     def nll(self, router: NDArray[np.bool_], experts: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Return [samples] with router and experts of the chosen sites [sites] restored."""
@@ -136,12 +136,6 @@ class _Coalitions:
             self.known[key] = self.batches.nll()
             self.on_step()
         return self.known[key]
-
-
-def _gate_is_one(pair: SitePair) -> bool:
-    """Whether the gate is 1 at both checkpoints whatever the input, so that restoring it changes nothing."""
-    sites = (pair.current, pair.anchor)
-    return all(site is not None and site.info.num_experts == 1 and site.info.normalised for site in sites)
 
 
 def single_restores(

@@ -70,6 +70,12 @@ class SitePair:
         """Whether the site multiplies sums of its experts instead of summing their products."""
         return self.info.semantics == "product_of_sums"
 
+    @property
+    def routes(self) -> bool:
+        """Whether the gate can be anything but 1; if not, exchanging it changes nothing."""
+        sites = (self.current, self.anchor)
+        return any(site is None or site.info.num_experts > 1 or not site.info.normalised for site in sites)
+
     @cached_property
     def outputs(self) -> Float[Tensor, "d_out two_E_r"]:
         """B of the anchor and of the current checkpoint side by side, scalings included, experts slowest, float32."""

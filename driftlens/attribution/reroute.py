@@ -92,9 +92,9 @@ class Rerouted:
 
         ``recovered`` (rerouted - current) and ``remaining`` (anchor - rerouted) sum to ``forgetting`` (anchor -
         current), as ``phi_router`` + ``phi_experts`` of the swaps do but for their remainder; all five are positive for
-        what was lost, in accuracy or in nats. ``anchor``, ``current``, ``old_router`` (the swap S_ac: old router,
-        current experts) and ``rerouted`` are plain means; ``gate_entropy_before`` and ``_after`` are those of the first
-        and the last training step.
+        what was lost, in accuracy or in nats. ``anchor`` (by itself), ``s_aa`` (its router and experts in the current
+        model), ``current`` (S_cc), ``old_router`` (S_ac: old router, current experts) and ``rerouted`` are plain means;
+        ``gate_entropy_before`` and ``_after`` are those of the first and the last training step.
         """
         by_state = {state: self.scores(state, measure) for state in self.values}
         recovered = bootstrap_mean(by_state[REROUTED] - by_state["cc"], draws=draws, seed=seed)
@@ -106,6 +106,7 @@ class Rerouted:
             "checkpoint": self.about["current"],
             "measure": measure,
             "anchor": plain[ANCHOR],
+            "s_aa": plain["aa"],
             "current": plain["cc"],
             "old_router": plain["ac"],
             "rerouted": plain[REROUTED],

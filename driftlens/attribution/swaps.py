@@ -133,10 +133,12 @@ def swap_scores(
     """
     scorer = task_scorer(loaded, samples, evaluation, prefix)
     outcomes: dict[str, Sequence[ScoredAnswer]] = {}
+    routed = any(pair.routes for pair in loaded.pairs)
     with Switchboard(loaded) as board:
-        for key in COMBINATIONS:
+        for key in ("cc", "aa", "ca", "ac"):
+            same = None if routed else outcomes.get(key[1] * 2)  # gates of 1: the experts alone tell
             board.swap(router=key[0] == "a", experts=key[1] == "a")
-            outcomes[key] = scorer.score(loaded.model)
+            outcomes[key] = scorer.score(loaded.model) if same is None else same
             on_step()
     if loaded.runs_anchor:
         with loaded.anchor_alone():

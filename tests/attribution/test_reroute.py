@@ -101,6 +101,7 @@ def test_row_splits_the_forgetting_into_what_came_back_and_what_did_not(run: Pat
             assert row["remaining_low"] <= row["remaining"] <= row["remaining_high"]
             aa, cc = (result.scores(state, measure).mean() for state in ("aa", "cc"))
             assert row["phi_router"] + row["phi_experts"] == pytest.approx(aa - cc, abs=1e-12)
+            assert row["s_aa"] == pytest.approx(np.mean(result.values["aa"][measure]))
             assert row["old_router"] == pytest.approx(np.mean(result.values["ac"][measure]))
         assert row["rerouted"] != row["current"]
         assert (row["task"], row["checkpoint"], row["steps"], row["samples"]) == (

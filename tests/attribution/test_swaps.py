@@ -150,12 +150,20 @@ def test_projector_saved_beside_the_adapter_is_the_remainder(tmp_path: Path) -> 
     np.testing.assert_allclose(remainder[~images], 0.0, atol=1e-5)
 
 
-def test_one_plain_lora_forgets_by_its_experts_alone(tmp_path: Path) -> None:
+def test_one_plain_lora_forgets_by_its_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = loaded_pair(save_plain_pair(tmp_path))
+    runs: list[int] = []
+    score = TaskScorer.score
+    monkeypatch.setattr(TaskScorer, "score", lambda self, model: runs.append(1) or score(self, model))
     found = swap_scores(pair, toy_samples(), EVALUATION)
     router, experts, _ = found.parts("nll")
-    np.testing.assert_allclose(router, 0.0, atol=1e-6)
+    np.testing.assert_array_equal(router, 0.0)
     assert np.abs(experts).min() > 1e-4
+    assert len(runs) == 3  # current, anchor's experts, anchor alone: a gate of 1 is not exchanged
+    np.testing.assert_array_equal(
+        found.values("cc", "nll"), nlls(score(task_scorer(pair, toy_samples(), EVALUATION, None), pair.model))
+    )
+    np.testing.assert_allclose(found.values("ca", "nll"), found.values(ANCHOR, "nll"), atol=1e-5)
 
 
 def test_two_equal_checkpoints_lost_nothing(tmp_path: Path) -> None:
