@@ -247,6 +247,36 @@ class Run:
             )
         return open_recording(self.trusted(self._recordings[name]))
 
+    def open_tokens(
+        self, *checkpoints: int | str, group: int = 0, chunks: Mapping[str, int] | None = None
+    ) -> xr.Dataset:
+        """Return gates, pathways and norms of the stored tokens as lazily read arrays; see `lazy.open_tokens`.
+
+        Args:
+            checkpoints: indices or names; all recorded ones by default.
+            group: which sites: those of one E and r, as in ``Recording.groups``.
+            chunks: numbers of ``site`` and ``token`` per chunk.
+
+        Returns:
+            A dataset over dask arrays; use it in a ``with`` block, or close it.
+
+        Raises:
+            ConfigError: dask is not installed.
+            NotFoundError: no recordings.
+            FormatError: a damaged recording, or checkpoints whose sites differ.
+        """
+        from driftlens.analysis.lazy import open_tokens
+
+        chosen = {self._name(point) for point in checkpoints} or set(self._recordings)
+        points = [point for point in self.checkpoints if point.name in chosen]
+        if not self._recordings:
+            raise NotFoundError(f"{self.path} has no recordings. Make them with `driftlens record --run {self.path}`.")
+        with contextlib.ExitStack() as stack:
+            opened = {point.index: stack.enter_context(self.recording(point.name)) for point in points}
+            dataset = open_tokens(opened, [point.name for point in points], group=group, chunks=chunks)
+            stack.pop_all()
+            return dataset
+
     # --- scores ----------------------------------------------------------------------------------------------------
 
     @cached_property
