@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from driftlens.analysis.cache import UNREADABLE, read_table
 from driftlens.errors import ConfigError, FormatError, NotFoundError
-from driftlens.metrics import Interval, bootstrap_attribution, bootstrap_mean
+from driftlens.metrics import (
+    ALL_MEASURES,
+    Interval,
+    bootstrap_attribution,
+    bootstrap_mean,
+    forgetting_attribution,
+)
 from driftlens.metrics.arrays import FloatArray, divide
 
 __all__ = [
@@ -121,35 +127,22 @@ def _value(value: Any) -> Any:
 
 _CELL: Final = ("task", "checkpoint")
 
-_ABOUT: Final[dict[str, tuple[str, str, str]]] = {
-    "ledger": (
-        "forgetting ledger by expert",
-        "nats",
-        "mean over samples of integral over alpha of sum_i <dL/dy_i, R_i,e> (router) or <dL/dy_i, E_i,e> (experts)",
-    ),
-    "ledger_site": ("forgetting ledger by site", "nats", "sum of ledger over experts"),
-    "ledger_part": ("forgetting ledger", "nats", "sum of ledger over sites and experts"),
-    "rise": ("rise of the answer NLL", "nats", "L(1) - L(0): current minus the anchor's sites in the current model"),
-    "residual": ("residual of the ledger", "nats", "rise - sum of the ledger"),
-    "residual_share": ("residual as a share of the rise", "1", "residual / rise"),
-    "evaluations": ("nodes of the path that were evaluated", "1", "Gauss-Legendre nodes, refined panels included"),
-    "samples": ("samples", "1", "test samples of the task, or probe samples"),
-    "forgetting": ("measured forgetting", "", "score of the anchor itself minus score now"),
-    "swap_forgetting": ("forgetting of the adapted sites", "", "S_aa - S_cc"),
-    "remainder": ("remainder", "", "score of the anchor itself minus S_aa: what is not in the adapted sites"),
-    "phi_router": ("forgetting due to the router", "", "1/2 [(S_aa - S_ca) + (S_ac - S_cc)]"),
-    "phi_experts": ("forgetting due to the experts", "", "1/2 [(S_aa - S_ac) + (S_ca - S_cc)]"),
-    "interaction": ("interaction of router and experts", "", "S_aa - S_ca - S_ac + S_cc"),
-    "disagreement": (
-        "ledger minus swaps",
-        "nats",
-        "ledger_part minus phi_router or phi_experts of the answer NLL, on the same samples",
-    ),
-    "depth_shapley": ("forgetting by depth", "nats", "Shapley value of the group's sites, of the negated answer NLL"),
-    "depth_error": ("forgetting by depth, standard error", "nats", "standard error of sampling permutations"),
-    "gain": ("gain from putting one site back", "nats", "answer NLL now minus that with this site of the anchor"),
+_FURTHER: Final[dict[str, tuple[str, str]]] = {
+    "ledger_site": ("Forgetting ledger by site", "sum of ledger over experts"),
+    "ledger_part": ("Forgetting ledger, router and experts", "sum of ledger over sites and experts"),
+    "rise": ("Rise of the answer NLL", "L(1) - L(0): the current model, minus it with the anchor's sites"),
+    "residual_share": ("Residual as a share of the rise", "residual / rise"),
+    "evaluations": ("Nodes of the path that were evaluated", "Gauss-Legendre nodes, those of refined panels included"),
+    "samples": ("Samples", "number of test samples of the task, or of probe samples"),
+    "forgetting": ("Measured forgetting", "score of the anchor itself - score now"),
+    "disagreement": ("Ledger minus swaps", "ledger_part - phi_router or phi_experts of the NLL, on the same samples"),
+    "depth_error": ("Forgetting by depth, standard error", "standard error of sampling orders, not of samples"),
+    "gain": ("Gain from putting one site back", "answer NLL now - answer NLL with this site of the anchor"),
 }
-_BY_SCORE: Final = "score (strict and lenient: 1; nll: nats, sign turned so that larger is better)"
+"""Title and formula of what has no entry of its own in `driftlens.metrics.ALL_MEASURES`."""
+
+_COUNTS: Final = ("residual_share", "evaluations", "samples")
+_BY_SCORE: Final = "1 (strict, lenient); nats (nll, sign turned so that larger is better)"
 
 
 def tabulate(
@@ -299,12 +292,10 @@ def _scores(cell: AttributedCell, draws: int) -> list[Values]:
     )
     scores, alone = _signed(swaps.to_numpy()), _signed(cell.tables["swaps"]["anchor_alone"].to_numpy())
     parts = bootstrap_attribution(*scores, draws=draws)
-    nll = SCORES.index("nll")
+    exact = forgetting_attribution(*scores[:, SCORES.index("nll")])
     by_part = (
         cell.tables["ledger"]["entries"].transpose("sample", "site", "part", "expert").to_numpy().sum(axis=(1, 3)).T
     )
-    aa, ca, ac, cc = scores[:, nll]
-    exact = np.stack([(aa - ca) + (ac - cc), (aa - ac) + (ca - cc)]) / 2
     return [
         *found,
         *_interval("swap_forgetting", ("score",), parts.forgetting),
@@ -312,7 +303,7 @@ def _scores(cell: AttributedCell, draws: int) -> list[Values]:
         *_interval("phi_router", ("score",), parts.phi_router),
         *_interval("phi_experts", ("score",), parts.phi_experts),
         *_interval("interaction", ("score",), parts.interaction),
-        *_interval("disagreement", ("part",), bootstrap_mean(by_part - exact, draws=draws)),
+        *_interval("disagreement", ("part",), bootstrap_mean(by_part - np.stack(exact[:2]), draws=draws)),
     ]
 
 
@@ -345,7 +336,9 @@ def _dataset(
     cells: Sequence[AttributedCell],
     checkpoints: Mapping[int, str],
 ) -> xr.Dataset:
-    variables: dict[str, Any] = {name: (dims, array, _about(name)) for name, (dims, array) in stack.arrays.items()}
+    variables: dict[str, Any] = {
+        name: (dims, array, _about(name, "score" in dims)) for name, (dims, array) in stack.arrays.items()
+    }
     flags = {"flag_values": list(ATTRIBUTION_REASONS), "flag_meanings": "; ".join(ATTRIBUTION_REASONS.values())}
     reasons = {"reason": reason}
     for name, probe, code in (
@@ -378,11 +371,16 @@ def _dataset(
     )
 
 
-def _about(name: str) -> dict[str, str]:
+def _about(name: str, by_score: bool) -> dict[str, str]:
     stem = next((name.removesuffix(end) for end in ("_low", "_high") if name.endswith(end)), name)
-    title, units, formula = _ABOUT[stem]
     end = {"_low": ", lower end of the interval", "_high": ", upper end of the interval"}.get(name[len(stem) :], "")
-    return {"long_name": title + end, "units": units or _BY_SCORE, "definition": formula, "section": "4"}
+    units = _BY_SCORE if by_score else "1" if stem in _COUNTS else "nats"
+    if stem in _FURTHER:
+        title, formula = _FURTHER[stem]
+        return {"long_name": title + end, "units": units, "definition": formula, "section": "4"}
+    entry = ALL_MEASURES[stem]
+    about = {"long_name": entry.title + end, "units": units, "definition": entry.formula, "section": entry.section}
+    return about | ({"caveat": entry.caveat} if entry.caveat else {})
 
 
 # --- rows for the command line ----------------------------------------------------------------------------------------
