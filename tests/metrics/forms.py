@@ -392,6 +392,7 @@ def _stream_pairs() -> dict[str, tuple[Pair, ...]]:
         result[name] = (Pair("a constant added to all scores", _scores(lambda a: a + 0.5, (name,), name in foreign)),)
     last = {"AP": 4, "mammoth forgetting": None}
     for name, row in last.items():
+
         def unseen(matrix: np.ndarray, row: int | None = row) -> np.ndarray:
             changed = matrix.copy()
             if row is None:
