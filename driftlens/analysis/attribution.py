@@ -7,18 +7,16 @@ torch. All signs say what was lost: a positive entry raised the loss, a positive
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import h5py
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from driftlens.analysis.cache import UNREADABLE, read_table
-from driftlens.errors import ConfigError, FormatError, NotFoundError
+from driftlens.analysis.attribution_files import COMBINATIONS, SCORES, AttributedCell, read_cell
+from driftlens.errors import ConfigError
 from driftlens.metrics import (
     ALL_MEASURES,
     Interval,
@@ -29,21 +27,11 @@ from driftlens.metrics import (
 from driftlens.metrics.arrays import FloatArray, divide
 
 __all__ = [
-    "ATTRIBUTION_FILES",
     "ATTRIBUTION_REASONS",
-    "ATTRIBUTION_SCHEMA",
-    "COMBINATIONS",
-    "SCORES",
-    "AttributedCell",
     "attribution_rows",
     "open_attribution",
-    "read_cell",
     "tabulate",
 ]
-
-ATTRIBUTION_SCHEMA: Final = 1
-ATTRIBUTION_FILES: Final = re.compile(r"attribution/(?P<current>\d+-[^/]+)/(?P<anchor>\d+-[^/]+)\.h5")
-"""Files of attributed cells, as paths in a manifest."""
 
 ATTRIBUTION_REASONS: Final = {
     0: "defined",
@@ -55,72 +43,8 @@ ATTRIBUTION_REASONS: Final = {
 }
 """Codes of the variables that end in ``_reason``."""
 
-SCORES: Final = ("strict", "lenient", "nll")
-"""What is swapped and scored: two accuracies, and the answer NLL with its sign turned (larger is better)."""
-
-COMBINATIONS: Final = ("aa", "ca", "ac", "cc")
-"""First letter router, second experts: a the anchor's, c the current one."""
-
 _LARGE_RESIDUAL: Final = 0.05
 """Share of the rise above which a remark says that the residual is large."""
-
-_OPTIONAL: Final = ("swaps", "depth", "restores")
-_TABLES: Final = ("scores", "ledger", "tokens")
-
-
-class AttributedCell(NamedTuple):
-    """One file.
-
-    Attributes:
-        path: where it is.
-        about: what was compared and how, the file's attributes.
-        tables: ``ledger`` and ``tokens``, and ``swaps``, ``depth`` and ``restores`` where they were made.
-    """
-
-    path: Path
-    about: dict[str, Any]
-    tables: dict[str, xr.Dataset]
-
-
-def read_cell(path: Path) -> AttributedCell:
-    """Read one attributed cell.
-
-    Raises:
-        NotFoundError: no such file.
-        FormatError: damaged, or no file of `driftlens attribute`.
-    """
-    if not path.is_file():
-        raise NotFoundError(f"{path} does not exist. Make it with `driftlens attribute`.")
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            schema = file.attrs.get("driftlens_attribution")
-            about = {key: _value(value) for key, value in file.attrs.items()}
-            names = [name for name in (*_TABLES, *_OPTIONAL) if name in file]
-    except UNREADABLE as error:
-        raise FormatError(f"{path} cannot be read ({error}). Delete it and run `driftlens attribute` again.") from error
-    if schema is None or int(schema) != ATTRIBUTION_SCHEMA:
-        found = "no schema" if schema is None else f"schema {schema}"
-        raise FormatError(
-            f"{path} is not a file of `driftlens attribute` that this version reads: {found}, expected "
-            f"{ATTRIBUTION_SCHEMA}. Run `driftlens attribute` again."
-        )
-    tables = {name: read_table(path, name) for name in names}
-    missing = [name for name in _TABLES if name not in tables] + [name for name in tables if tables[name] is None]
-    if missing:
-        raise FormatError(
-            f"{path}: {', '.join(missing)} cannot be read. Delete the file and run `driftlens attribute` again."
-        )
-    return AttributedCell(path, about, {name: table for name, table in tables.items() if table is not None})
-
-
-def _value(value: Any) -> Any:
-    plain = value.item() if isinstance(value, np.generic) else value
-    if isinstance(plain, str) and (plain[:1] in ("{", "[") or plain in ("null", "true", "false")):
-        try:
-            return json.loads(plain)
-        except ValueError:
-            return plain
-    return plain
 
 
 # --- one table of many cells ------------------------------------------------------------------------------------------
@@ -479,6 +403,7 @@ def _notes(cell: xr.Dataset) -> list[str]:
         )
     if "phi_router" not in cell or not np.isfinite(float(cell["phi_router"].sel(score="nll"))):
         return notes
+    together = float(cell["interaction"].sel(score="nll"))
     for part, name in (("router", "phi_router"), ("experts", "phi_experts")):
         ledger = [float(cell[f"ledger_part{end}"].sel(part=part)) for end in ("", "_low", "_high")]
         swaps = [float(cell[f"{name}{end}"].sel(score="nll")) for end in ("", "_low", "_high")]
@@ -486,6 +411,6 @@ def _notes(cell: xr.Dataset) -> list[str]:
             notes.append(
                 f"ledger and swaps disagree on the {part}: {ledger[0]:.3f} [{ledger[1]:.3f}, {ledger[2]:.3f}] against "
                 f"{swaps[0]:.3f} [{swaps[1]:.3f}, {swaps[2]:.3f}] nats; the path and the average over two orders "
-                "weigh what router and experts did together differently"
+                f"divide differently what router and experts only do together (interaction {together:+.3f})"
             )
     return notes

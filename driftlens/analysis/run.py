@@ -15,7 +15,8 @@ import pandas as pd
 import xarray as xr
 
 from driftlens.analysis.analyse import analyse
-from driftlens.analysis.attribution import ATTRIBUTION_FILES, read_cell, tabulate
+from driftlens.analysis.attribution import tabulate
+from driftlens.analysis.attribution_files import ATTRIBUTION_FILES, read_cell
 from driftlens.analysis.cache import ANALYSIS_NAME, cache_key, file_stamp, open_cache, read_table, write_cache
 from driftlens.analysis.datasets import TABLES
 from driftlens.analysis.listing import RUN_FILES, method_name, read_config, training_seed
@@ -305,18 +306,26 @@ class Run:
     def attribution(self) -> xr.Dataset:
         """Forgetting booked to sites, routers and experts, and exact swaps (metrics.md section 4); see `tabulate`.
 
+        What was attributed before a checkpoint was trained again counts as not attributed.
+
         Raises:
             NotFoundError: `driftlens attribute` has not been run.
             FormatError: a file of it is damaged or is not the one that the manifest lists.
         """
         files = [file for file in self.manifest.files if ATTRIBUTION_FILES.fullmatch(file)]
+        known = {point.index: point.name for point in self.checkpoints}
         if not files:
             raise NotFoundError(
                 f"The forgetting of {self.path} has not been attributed. Do it with `driftlens attribute {self.path}`; "
                 "it needs the weights of the checkpoints."
             )
+        weights = {
+            name: entry.sha256
+            for name in known.values()
+            if (entry := self.manifest.files.get(f"checkpoints/{name}/adapter_model.safetensors")) is not None
+        }
         cells = [read_cell(self.trusted(file)) for file in sorted(files)]
-        return tabulate(cells, self.tasks, {point.index: point.name for point in self.checkpoints})
+        return tabulate([cell for cell in cells if cell.belongs(known, weights)], self.tasks, known)
 
     # --- analysis --------------------------------------------------------------------------------------------------
 

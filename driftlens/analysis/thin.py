@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from driftlens.analysis.attribution import ATTRIBUTION_FILES
+from driftlens.analysis.attribution_files import ATTRIBUTION_FILES
 from driftlens.analysis.cache import ANALYSIS_NAME, file_stamp, write_cache
 from driftlens.analysis.run import Run, open_run
 from driftlens.errors import ConfigError

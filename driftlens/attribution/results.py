@@ -27,7 +27,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from driftlens.analysis.attribution import ATTRIBUTION_SCHEMA, COMBINATIONS, SCORES, read_cell
+from driftlens.analysis.attribution_files import ATTRIBUTION_SCHEMA, COMBINATIONS, SCORES, read_cell
 from driftlens.analysis.cache import write_table
 from driftlens.attribution.depth import RESTORED, DepthShapley, Restores
 from driftlens.attribution.ledger import PARTS, Ledger

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from driftlens.analysis.attribution import SCORES
+from driftlens.analysis.attribution_files import SCORES
 from driftlens.analysis.run import Checkpoint, Run, open_run
 from driftlens.attribution.estimate import AttributionEstimate
 from driftlens.attribution.options import AttributionOptions

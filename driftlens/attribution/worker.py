@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from driftlens.analysis.attribution import SCORES, read_cell
+from driftlens.analysis.attribution_files import SCORES, read_cell
 from driftlens.attribution.depth import RESTORED, depth_players, depth_shapley, most_evaluations, single_restores
 from driftlens.attribution.estimate import AttributionEstimate, estimate_cell, measure_speed
 from driftlens.attribution.intervene import Switchboard
@@ -32,8 +32,9 @@ from driftlens.attribution.results import (
 from driftlens.attribution.swaps import ANCHOR, COMBINATIONS, SwapScores, swap_scores
 from driftlens.backbones import Backbone, Encoded, load_backbone
 from driftlens.errors import ConfigError
-from driftlens.recording.checkpoints import checkpoint_sha256
+from driftlens.recording.checkpoints import ADAPTER_WEIGHTS, checkpoint_sha256
 from driftlens.recording.recorder import Progress
+from driftlens.store import sha256_file
 from driftlens.streams import Sample
 from driftlens.training.config import EvaluationOptions
 from driftlens.training.run import versions
@@ -244,6 +245,7 @@ class Worker:
             "current": cell.current.name,
             "current_index": cell.indices[1],
             "current_sha256": loaded.loaded.sha256,
+            **{f"{end}_weights_sha256": _weights_sha256(getattr(cell, end)) for end in ("anchor", "current")},
             "base": loaded.backbone.name,
             "base_sha256": loaded.backbone.sha256,
             "samples_sha256": cell.samples_sha256,
@@ -295,6 +297,12 @@ class _Counter:
             self._report(what, self._spent / self._total)
 
         return step
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Return the hash that a run's manifest lists for the weights, so that readers can tell which these were."""
+    path = folder / ADAPTER_WEIGHTS
+    return sha256_file(path) if path.is_file() else ""
 
 
 def _matrix(found: SwapScores, key: str) -> NDArray[np.float64]:

@@ -10,11 +10,11 @@ import xarray as xr
 
 from driftlens.analysis.attribution import (
     ATTRIBUTION_REASONS,
-    AttributedCell,
     attribution_rows,
     open_attribution,
     tabulate,
 )
+from driftlens.analysis.attribution_files import AttributedCell
 from driftlens.analysis.run import Run, open_run
 from driftlens.analysis.thin import thin_run
 from driftlens.attribution.results import write_cell

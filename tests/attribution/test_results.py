@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from driftlens.analysis.attribution import read_cell
+from driftlens.analysis.attribution_files import read_cell
 from driftlens.attribution.depth import DepthShapley, Player, Restores
 from driftlens.attribution.ledger import Ledger, TokenEntries
 from driftlens.attribution.options import AttributionOptions, covers

@@ -14,7 +14,8 @@ import xarray as xr
 from safetensors.torch import load_file, save_file
 
 from driftlens.analysis import open_run
-from driftlens.analysis.attribution import attribution_rows, open_attribution, read_cell
+from driftlens.analysis.attribution import attribution_rows, open_attribution
+from driftlens.analysis.attribution_files import read_cell
 from driftlens.attribution import (
     AttributionOptions,
     CellSummary,
@@ -195,7 +196,9 @@ def test_a_checkpoint_that_was_trained_again_is_attributed_again(copy: Path) -> 
     manifest = Manifest.load(copy)
     manifest.add(weights)
     manifest.save()
+    assert [row["task"] for row in attribution_rows(open_run(copy).attribution)] == ["colour"], "parity's is stale"
     assert [s.skipped for s in attribute_run(copy, OPTIONS)] == [True, False]
+    assert len(attribution_rows(open_run(copy).attribution)) == 2
 
 
 def test_repair_takes_a_damaged_file_out_to_be_made_again(copy: Path) -> None:
