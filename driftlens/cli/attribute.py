@@ -112,6 +112,7 @@ def _check(run: Path | None, at: str, between: Mapping[str, Path | None], semant
 
 
 def parse_at(at: str) -> Any:
+    """Return what ``--at`` says: ``last``, ``all`` or a list of indices; ConfigError if it says neither."""
     if at in ("last", "all"):
         return at
     try:
