@@ -1,10 +1,12 @@
 """Mutation testing of driftlens/metrics: change the code in small ways and see whether a test of tests/metrics notices.
 
 mutmut makes the mutants; this script runs them. All tests are collected once in one process. A first pass, without a
-mutant, notes which functions every test calls and how long it takes. Then every mutant gets a forked child that runs
-the tests that call the mutated function, quickest first, until one fails: killed. A child that uses 20 times the time
-of its tests (and at least a minute of CPU time) is a timeout, which counts as killed. Hypothesis tests draw fewer
-examples, always the same ones. The checkout is not touched: everything happens in a copy.
+mutant, notes which functions every test calls and how long it takes. Every mutant then meets the tests that call its
+function, quickest first, until one fails: killed. Mutants run in forked children, some dozens in one. Before a failure
+counts, the same test must pass again without the mutant; if it does not, the mutant has broken something for others
+and starts again in a new child. A mutant that uses 20 times the time of its tests (and at least 20 s of CPU time) is a
+timeout, which counts as killed. Hypothesis tests draw fewer examples, always the same ones. The checkout is not
+touched: everything happens in a copy.
 
 docs/results/mutants.csv holds one row per survivor. Reasons written there are kept for mutants that survive again; the
 script names the survivors without one and then exits with 1. docs/results/mutants.md holds the counts by module.
@@ -20,7 +22,6 @@ import csv
 import difflib
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -38,7 +39,8 @@ os.environ["MUTANT_UNDER_TEST"] = ""
 
 import mutmut.mutation.trampoline as trampoline
 import pytest
-from _pytest.runner import runtestprotocol
+from _pytest.outcomes import Skipped
+from _pytest.warnings import catch_warnings_for_item
 from hypothesis import HealthCheck, Phase, settings
 from mutmut.mutation.file_mutation import mutate_file_contents
 
@@ -48,6 +50,8 @@ TABLES = ("__init__", "definitions", "weight_definitions", "further_definitions"
 NOT_COPIED = ("test_metrics_docs.py",)
 """Compares committed pages with what a script makes."""
 EXAMPLES = 10
+BATCH = 40
+KILLED, SURVIVED, REDO = b"k", b"s", b"r"
 FIELDS = ("module", "function", "mutation", "reason")
 
 
@@ -74,6 +78,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="modules of driftlens.metrics; all if left out")
     parser.add_argument("--work", type=Path, help="folder of the copy, kept; a temporary one if left out")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tests", nargs="+", default=["tests/metrics"], help="files of tests; all if left out")
     parser.add_argument("--again", action="store_true", help="leave out what an earlier run in --work killed")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     options = parser.parse_args()
@@ -83,7 +88,9 @@ def main() -> int:
         mutants = prepare(work, options.modules)
         plugin = Mutator(mutants, options.jobs, known(work) if options.again else {})
         sys.path.insert(0, str(work))
-        pytest.main(["tests/metrics", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[plugin])
+        pytest.main(
+            [*options.tests, "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[plugin]
+        )
         remember(work, plugin.status)
     if len(plugin.status) < len(mutants):
         print(f"{len(mutants) - len(plugin.status)} mutants were not run; the tables are left as they are.")
@@ -169,20 +176,25 @@ class Mutator:
         if session.testsfailed:
             raise session.Interrupted("tests that cannot be collected")
         self._observe(session.items)
-        running: dict[int, Mutant] = {}
+        waiting = []
+        for mutant in self.mutants:
+            verdict = self.killed.get(_identity(mutant))
+            if not self.tests[mutant.called]:
+                self.status[mutant] = "no tests"
+            elif verdict in ("killed", "timeout"):
+                self.status[mutant] = verdict
+            else:
+                waiting.append(mutant)
+        running: dict[int, tuple[int, list[Mutant]]] = {}
         start = time.monotonic()
-        for number, mutant in enumerate(self.mutants):
-            if self.killed.get(_identity(mutant)) in ("killed", "timeout"):
-                self.status[mutant] = self.killed[_identity(mutant)]
-                continue
-            if len(running) == self.jobs:
-                self._wait(running)
-            running[self._start(mutant)] = mutant
-            if number % 100 == 99:
-                print(f"{number + 1}/{len(self.mutants)} {dict(Counter(self.status.values()))} "
-                      f"{time.monotonic() - start:.0f} s", file=sys.__stderr__, flush=True)  # fmt: skip
-        while running:
-            self._wait(running)
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                batch, waiting = waiting[:BATCH], waiting[BATCH:]
+                pid, pipe = self._start(batch)
+                running[pid] = pipe, batch
+            waiting = self._wait(running) + waiting
+            print(f"{len(self.status)}/{len(self.mutants)} {dict(Counter(self.status.values()))} "
+                  f"{time.monotonic() - start:.0f} s", file=sys.__stderr__, flush=True)  # fmt: skip
         return True
 
     def _observe(self, items: Iterable[Any]) -> None:
@@ -192,7 +204,7 @@ class Mutator:
         for item in items:
             called.clear()
             before = time.process_time()
-            if any(report.failed for report in runtestprotocol(item, nextitem=None, log=False)):
+            if not _passes(item):
                 print(f"left out, fails without a mutant: {item.nodeid}", file=sys.__stderr__, flush=True)
                 continue
             self.seconds[item] = time.process_time() - before
@@ -202,30 +214,68 @@ class Mutator:
         for tests in self.tests.values():
             tests.sort(key=self.seconds.__getitem__)
 
-    def _start(self, mutant: Mutant) -> int:
-        tests = self.tests[mutant.called]
+    def _start(self, batch: list[Mutant]) -> tuple[int, int]:
+        reading, writing = os.pipe()
         pid = os.fork()
         if pid:
-            return pid
+            os.close(writing)
+            return pid, reading
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        limit = int(60 + 20 * sum(self.seconds[item] for item in tests))
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-        os.environ["MUTANT_UNDER_TEST"] = mutant.name
-        try:
-            for item in tests:
-                if any(report.failed for report in runtestprotocol(item, nextitem=None, log=False)):
-                    os._exit(1)
-        except BaseException:
-            os._exit(1)
-        os._exit(0 if tests else 2)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the child
+        for mutant in batch:
+            limit = 20 + 20 * sum(self.seconds[item] for item in self.tests[mutant.called])
+            signal.setitimer(signal.ITIMER_PROF, limit)
+            verdict = self._verdict(mutant)
+            os.write(writing, verdict)
+            if verdict == REDO:
+                break
+        os._exit(0)
 
-    def _wait(self, running: dict[int, Mutant]) -> None:
+    def _verdict(self, mutant: Mutant) -> bytes:
+        for item in self.tests[mutant.called]:
+            os.environ["MUTANT_UNDER_TEST"] = mutant.name
+            passed = _passes(item)
+            os.environ["MUTANT_UNDER_TEST"] = ""
+            if not passed:
+                return KILLED if _passes(item) else REDO
+        return SURVIVED
+
+    def _wait(self, running: dict[int, tuple[int, list[Mutant]]]) -> list[Mutant]:
+        """Take what a child found out and return the mutants that it did not come to."""
         pid, status = os.wait()
+        pipe, batch = running.pop(pid)
+        with os.fdopen(pipe, "rb") as file:
+            found = file.read()
+        for mutant, verdict in zip(batch, found, strict=False):
+            if verdict != REDO[0]:
+                self.status[mutant] = "killed" if verdict == KILLED[0] else "survived"
+        left = batch[len(found.rstrip(REDO)) :]
         code = os.waitstatus_to_exitcode(status)
-        verdict = {0: "survived", 1: "killed", 2: "no tests", -signal.SIGXCPU: "timeout", -signal.SIGKILL: "timeout"}
-        self.status[running.pop(pid)] = verdict.get(code, "killed")  # a crash is noticed too
+        if left and (code or found == REDO):  # the first one ended the child, or breaks tests for good
+            self.status[left.pop(0)] = "timeout" if code == -signal.SIGPROF else "killed"
+        return left
+
+
+def _passes(item: Any) -> bool:
+    """Run one test without writing a report, which takes longer than most tests."""
+    item._initrequest()
+    state = item.session._setupstate
+    try:
+        with catch_warnings_for_item(item.config, item.ihook, "runtest", item):
+            try:
+                state.setup(item)
+                item.runtest()
+            finally:
+                state.teardown_exact(None)
+    except Skipped:
+        return True
+    except BaseException:  # an assertion, pytest.fail, or whatever else the mutant does
+        return False
+    finally:
+        item._request, item.funcargs = False, None
+    return True
 
 
 def _identity(mutant: Mutant) -> str:
