@@ -55,7 +55,8 @@ def main() -> None:
 
 def read_rows(folders: list[Path], variants: list[str]) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return the rows of all runs, and why measures are undefined in some of them."""
-    parts, undefined = [], {}
+    parts: list[pd.DataFrame] = []
+    undefined: dict[str, str] = {}
     for folder in folders:
         frame, facts = validity_rows(open_run(folder), variants)
         parts.append(frame)
@@ -120,7 +121,7 @@ def page(rows: pd.DataFrame, study: Validity, search: pd.DataFrame, select: list
     ]
     by_target = {target: study.table[study.table["target"] == target].set_index("measure") for target in TARGETS}
     for measure, row in by_target["lost_strict"].iterrows():
-        other = by_target["nll_rise"].loc[measure]
+        other = by_target["nll_rise"].loc[str(measure)]
         name = str(measure) + ("" if row["predicts"] or other["predicts"] else " (does not predict)")
         cells = [name, row["kind"], with_interval(row), with_interval(other), number(row["partial"])]
         cells += [number(row["within_method"]), number(row["within_run"]), f"{row['beats']} of {row['of_simple']}"]
@@ -191,7 +192,7 @@ def method_section(search: pd.DataFrame) -> list[str]:
     return lines
 
 
-def number(value: object) -> str:
+def number(value: float) -> str:
     """Return two digits, or a dash."""
     return "-" if pd.isna(value) else f"{value:.2f}"
 

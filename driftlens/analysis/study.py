@@ -110,7 +110,7 @@ def _beside(run: Run, variants: Sequence[str]) -> tuple[xr.Dataset, xr.Dataset]:
         return simple_of_sites(pair) | variants_of_sites(pair)
 
     table, sites = measure_pairs(run, [*SIMPLE_BY_SITE, *raw_names()], both)
-    return average_simple(run, table), average_variants(table, [site.layer for site in sites], variants)
+    return average_simple(run, table), average_variants(table, sites, variants)
 
 
 def _forgetting(scores: xr.Dataset, rows: pd.DataFrame) -> pd.DataFrame:

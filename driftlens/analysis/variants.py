@@ -1,30 +1,34 @@
 """Variants of co-drift and impact: on which tokens, over which sites, relative to what.
 
 The tables of a run average over all tokens and all sites. A variant is one quantity on some tokens, brought together
-over sites in one way; its name is QUANTITY, then ``_scored`` if not all tokens count, then ``_late``, ``_max`` or
-``_pooled`` if it is not the mean over sites. The validity study asks which of them ranks forgetting.
+over sites in one way; its name is QUANTITY, then ``_scored`` if not all tokens count, then ``_late``,
+``_residual``, ``_max`` or ``_pooled`` if it is not the mean over sites. The validity study asks which of them ranks
+forgetting.
 
 Tokens: all, or **scored**: tokens whose next token is of the answer. Only there is the model's output compared with
 the reference, by the likelihood and by the first step of generation alike.
-Sites: the mean; those in the last third of the adapted layers (**late**); the largest (**max**); sums over sites
-divided by sums over sites (**pooled**).
+Sites: the mean; those in the last third of the adapted layers (**late**); those that write into the residual stream
+(**residual**: down and output projections, by their names); the largest (**max**); sums over sites divided by sums
+over sites (**pooled**).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from driftlens.analysis.run import Run
 from driftlens.analysis.walk import OldPair, measure_pairs
 from driftlens.errors import UnknownNameError
 from driftlens.metrics import js_divergence, sample_means
 from driftlens.metrics.arrays import FloatArray, as_float, divide, mean_defined, normalise
+from driftlens.store import SiteInfo
 
 __all__ = [
     "QUANTITIES",
@@ -41,7 +45,9 @@ __all__ = [
 ]
 
 TOKENS: Final = ("all", "scored")
-SITES: Final = ("mean", "late", "max", "pooled")
+SITES: Final = ("mean", "late", "residual", "max", "pooled")
+WRITERS: Final = frozenset({"down_proj", "o_proj", "out_proj", "c_proj", "fc2", "fc_out", "w2", "wo", "dense_4h_to_h"})
+"""Names of modules that write into the residual stream: what the others change acts through these."""
 
 VARIANTS: Final = (
     "codrift_divergence_scored",
@@ -54,6 +60,7 @@ VARIANTS: Final = (
     "impact_experts_scored",
     "impact_cross_scored",
     "impact_root_scored",
+    "impact_root_scored_residual",
     "update_share_scored",
     "base_change",
 )
@@ -131,7 +138,13 @@ def variant_names() -> list[str]:
 def variant_definition(name: str) -> str:
     """Return the formula of a variant, and its tokens and sites where they are not all."""
     key, tokens, sites = _split(name)
-    where = {"mean": "", "late": "last third of the layers", "max": "largest site", "pooled": "sums over sites"}[sites]
+    where = {
+        "mean": "",
+        "late": "last third of the layers",
+        "residual": "sites that write into the residual stream",
+        "max": "largest site",
+        "pooled": "sums over sites",
+    }[sites]
     return "; ".join(part for part in (QUANTITIES[key].formula, "scored tokens" * (tokens == "scored"), where) if part)
 
 
@@ -178,12 +191,12 @@ def variants_of_sites(pair: OldPair) -> dict[str, FloatArray]:
     return result
 
 
-def average_variants(table: xr.Dataset, layers: Iterable[int], names: Iterable[str] | None = None) -> xr.Dataset:
+def average_variants(table: xr.Dataset, sites: Sequence[SiteInfo], names: Iterable[str] | None = None) -> xr.Dataset:
     """Bring the averages of `variants_of_sites` together over sites.
 
     Args:
         table: NAME (probe, checkpoint, site) and NAME_noise (probe, site), as `measure_pairs` returns them.
-        layers: layer of every site.
+        sites: the sites, in the table's order.
         names: names of variants; None for all.
 
     Returns:
@@ -194,27 +207,32 @@ def average_variants(table: xr.Dataset, layers: Iterable[int], names: Iterable[s
     """
     known = variant_names()
     chosen = known if names is None else list(names)
-    depth = np.asarray(list(layers))
+    depth = np.array([site.layer for site in sites])
     last = np.unique(depth)
-    late = np.isin(depth, last[len(last) - math.ceil(len(last) / 3) :])
+    kept = {
+        "late": np.isin(depth, last[len(last) - math.ceil(len(last) / 3) :]),
+        "residual": np.array([site.kind in WRITERS for site in sites], dtype=np.bool_),
+    }
     result = xr.Dataset(coords={axis: table[axis] for axis in ("probe", "checkpoint")})
     for name in chosen:
         if name not in known:
             raise UnknownNameError("variant", name, known)
-        key, tokens, sites = _split(name)
+        key, tokens, how = _split(name)
         for end, axes in (("", ("probe", "checkpoint")), ("_noise", ("probe",))):
             means = {part: table[f"{tokens}.{part}{end}"].transpose(*axes, "site").to_numpy() for part in _AVERAGES}
-            value = _over_sites(QUANTITIES[key], means, sites, late)
+            value = _over_sites(QUANTITIES[key], means, how, kept)
             # The state of one checkpoint has no noise floor at 0.
             result[f"{name}{end}"] = (axes, np.full_like(value, np.nan) if end and key in _STATES else value)
-        result[name].attrs = {"definition": QUANTITIES[key].formula, "tokens": tokens, "sites": sites, "units": "1"}
+        result[name].attrs = {"definition": QUANTITIES[key].formula, "tokens": tokens, "sites": how, "units": "1"}
         if not result[name].notnull().any():
             missing = "the tokens before answers were not stored" if tokens == "scored" else "factors were not recorded"
+            if how == "residual" and not kept["residual"].any():
+                missing = f"no site is one of {', '.join(sorted(WRITERS))}"
             result[name].attrs["undefined"] = missing
     return result
 
 
-def _over_sites(quantity: Quantity, means: Means, sites: str, late: np.ndarray) -> FloatArray:
+def _over_sites(quantity: Quantity, means: Means, sites: str, kept: Mapping[str, NDArray[np.bool_]]) -> FloatArray:
     top = quantity.top(means)
     if quantity.bottom is None:
         by_site = top
@@ -224,8 +242,8 @@ def _over_sites(quantity: Quantity, means: Means, sites: str, late: np.ndarray) 
         return divide(*(np.where(whole, part, 0.0).sum(axis=-1) for part in (top, bottom)))
     else:
         by_site = divide(top, quantity.bottom(means))
-    if sites == "late":
-        return mean_defined(by_site[..., late])
+    if sites in kept:
+        return mean_defined(by_site[..., kept[sites]])
     if sites == "max":
         highest: FloatArray = np.where(np.isnan(by_site), -np.inf, by_site).max(axis=-1)
         return np.where(np.isfinite(highest), highest, np.nan)
@@ -240,4 +258,4 @@ def variant_measures(run: Run, names: Iterable[str] | None = None) -> xr.Dataset
         UnknownNameError: no such variant.
     """
     table, sites = measure_pairs(run, raw_names(), variants_of_sites)
-    return average_variants(table, [site.layer for site in sites], names)
+    return average_variants(table, sites, names)

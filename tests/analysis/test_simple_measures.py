@@ -110,13 +110,15 @@ def test_scored_tokens_come_right_before_an_answer_token(run):
         size = by_sample(base[scored], sample)
         impact.append(by_sample(((new - old) ** 2).sum(axis=1)[scored], sample) / size)
         share.append(by_sample((new**2).sum(axis=1)[scored], sample) / size)
-    found = variant_measures(run, ["impact_scored", "impact_scored_max", "impact_scored_late", "update_share_scored"])
+    names = ["impact_scored", *(f"impact_scored_{sites}" for sites in ("max", "late", "residual"))]
+    found = variant_measures(run, [*names, "update_share_scored"])
     cell = found.sel(probe=probe, checkpoint=3)
     assert float(cell["impact_scored"]) == pytest.approx(np.mean(impact), rel=1e-6)
     assert float(cell["impact_scored_max"]) == pytest.approx(np.max(impact), rel=1e-6)
     assert float(cell["impact_scored_late"]) == pytest.approx(
         impact[-1], rel=1e-6
     )  # two layers, sites 0 and 1 in the first
+    assert float(cell["impact_scored_residual"]) == pytest.approx(impact[1], rel=1e-6)  # the down projection
     assert float(cell["update_share_scored"]) == pytest.approx(np.mean(share), rel=1e-6)
 
 
@@ -140,7 +142,7 @@ def test_every_variant_can_be_measured_and_says_what_it_is(run):
         assert found[name].notnull().any(), name
         assert variant_definition(name)
     with pytest.raises(UnknownNameError, match="Unknown variant 'impact_scord'"):
-        average_variants(found.expand_dims(site=1), [0], ["impact_scord"])
+        average_variants(found.expand_dims(site=1), [], ["impact_scord"])
 
 
 def test_without_a_router_of_its_own_a_site_has_no_rows_to_turn(tmp_path):
