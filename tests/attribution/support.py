@@ -28,12 +28,14 @@ def shake(model: nn.Module, seed: int, step: float) -> None:
 
 def save_pair(folder: Path, gate: str = "softmax", step: float = 0.03, **options: object) -> tuple[Path, Path]:
     """Write an anchor and a current checkpoint of a MoE-LoRA adapter that was moved on by ``step``."""
+    torch.manual_seed(0)  # the adapter's own start is drawn from the global state
     model = get_peft_model(load_backbone("tiny-random").model, MoELoraConfig(gate=gate, **{**SHAPE, **options}))
     return _write(model, folder, step)
 
 
 def save_plain_pair(folder: Path, step: float = 0.03, **options: object) -> tuple[Path, Path]:
     """Write two checkpoints of plain PEFT LoRA."""
+    torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, layers_to_transform=[2, 3], **options)
     return _write(get_peft_model(load_backbone("tiny-random").model, config), folder, step)
 
