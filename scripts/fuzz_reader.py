@@ -64,14 +64,14 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def capped(path: Path, seed: _fuzz.Seed, sealed: bool, first: str = "both") -> str:
+def capped(path: Path, seed: _fuzz.Seed, sealed: bool, first: str = "both", key: str = "") -> str:
     """Judge one file under the caps; returns an outcome, with details after a colon where it is a failure."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The default action of both signals ends the process even inside C code.
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     signal.alarm(WALL_SECONDS)
     try:
-        outcome = _fuzz.judge(path, seed, first)
+        outcome = _fuzz.judge(path, seed, first, key)
     except BaseException as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "driftlens" in f.filename]
         where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
@@ -103,7 +103,9 @@ def work(seeds: list[_fuzz.Seed], numbers: range, shared: mmap.mmap, folder: Pat
             return
         struct.pack_into("<Q", shared, 0, number)
         seed, data, sealed = make_input(seeds, number)
-        outcome = capped(place(folder, data), seed, sealed, "verify" if number // 16 % 4 == 0 else "read")
+        path, first = place(folder, data), "verify" if number // 16 % 8 == 0 else "read"
+        # What a change damaged is read first: most inputs are refused there.
+        outcome = capped(path, seed, sealed, first, seed.owner(data) if first == "read" else "")
         kind = outcome.split(":")[0]
         counts[OUTCOMES.index(kind)] += 1
         struct.pack_into(f"<{len(OUTCOMES)}Q", shared, 8, *counts)

@@ -135,7 +135,8 @@ class GuardedFile:
         if self.pid != os.getpid():
             self._open()
         if key not in self._groups:
-            found = self._open_object(key)
+            with self.reading(key):
+                found = self._open_object(key)
             if not isinstance(found, h5py.h5g.GroupID):
                 raise self.refuse(key, "is not a group", "a group")
             self._groups[key] = h5py.Group(found)
@@ -180,13 +181,11 @@ class GuardedFile:
         """Open what ``key`` leads to, after examining the link and the header behind it."""
         above, _, name = key.rpartition("/")
         if not name:
-            with self.reading(key):
-                return h5py.h5o.open(self.h5.id, b"/")
+            return h5py.h5o.open(self.h5.id, b"/")
         group = self.group(above or "/")
-        with self.reading(key):
-            if key not in self._plain:
-                self._find_link(group, key, name.encode())
-            return h5py.h5o.open(group.id, name.encode())
+        if key not in self._plain:
+            self._find_link(group, key, name.encode())
+        return h5py.h5o.open(group.id, name.encode())
 
     def _find_link(self, group: h5py.Group, key: str, name: bytes) -> None:
         # h5py's own test for membership would follow the link into another file.
@@ -219,10 +218,10 @@ class GuardedFile:
             FormatError: missing, a link, external or virtual storage, other filters, other type or shape,
                 or a shape that is larger than what is stored.
         """
-        found = self._open_object(key)
-        if not isinstance(found, h5py.h5d.DatasetID):
-            raise self.refuse(key, "is not a dataset", "a dataset")
         with self.reading(key):
+            found = self._open_object(key)
+            if not isinstance(found, h5py.h5d.DatasetID):
+                raise self.refuse(key, "is not a dataset", "a dataset")
             dtype = self._check_type(key, found, dtypes)
             chunks = self._check_layout(key, found, dtype.itemsize)
             extent = self._check_shape(key, found, shape, chunks, dtype.itemsize)

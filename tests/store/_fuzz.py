@@ -6,12 +6,14 @@ therefore *sealed*: they know where blocks, messages, addresses and chunks lie a
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ import h5py
 import numpy as np
 
 from driftlens.errors import DriftLensError
-from driftlens.store import open_recording, verify_recording
-from driftlens.store.schema import REFERENCE_VALUES
+from driftlens.store import Group, Recording, open_recording, verify_recording
+from driftlens.store.schema import VALUES
 
 SIGNATURES = (b"OHDR", b"OCHK", b"FRHP", b"FHDB", b"FHIB", b"BTHD", b"BTLF", b"BTIN", b"FAHD", b"FADB", b"EAHD",
               b"EAIB", b"EASB", b"EADB", b"FSHD", b"FSSE", b"SMTB", b"SMLI")  # fmt: skip
@@ -117,8 +119,9 @@ class Seed:
     Attributes:
         blocks: (start, length) of metadata that is followed by its checksum.
         heaps: (start, length, place of the checksum) of blocks that hold names and attributes.
-        messages: (start of the message's head, length of its data) inside object headers.
+        messages: (start of the message's head, length of its data) inside object headers; empty ones (NIL) left out.
         chunks: (start, length) of stored chunks, their fletcher32 included.
+        owners: (start, key) of headers and chunks of all datasets, in order.
     """
 
     path: Path
@@ -130,6 +133,15 @@ class Seed:
     chunks: list[tuple[int, int]] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
+    owners: list[tuple[int, str]] = field(default_factory=list)
+
+    def owner(self, data: bytes) -> str:
+        """The dataset that the first difference of ``data`` probably belongs to."""
+        size = min(len(data), len(self.data))
+        changed = np.frombuffer(data, np.uint8, size) != np.frombuffer(self.data, np.uint8, size)
+        at = int(changed.argmax()) if changed.any() else size
+        number = bisect.bisect_right(self.owners, (at, "~")) - 1
+        return self.owners[number][1] if number >= 0 else ""
 
 
 def load_seed(path: Path) -> Seed:
@@ -149,7 +161,8 @@ def load_seed(path: Path) -> Seed:
         if data[start : start + 4] == b"OHDR":
             seed.messages += _messages(data, start, length)
     with h5py.File(path) as file:
-        file.visititems(lambda _, item: _add_chunks(seed, item))
+        file.visititems(lambda name, item: _add_chunks(seed, name, item, file.id.links.get_info(name.encode()).u))
+    seed.owners.sort()
     seed.addresses = [start for start, _ in seed.blocks[1:]] + [start for start, _ in seed.chunks]
     known = {struct.pack("<Q", address) for address in seed.addresses}
     seed.pointers = [at for at in range(len(data) - 8) if data[at : at + 8] in known]
@@ -168,9 +181,12 @@ def _heaps(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = data.find(b"FHDB", at + 1)
 
 
-def _add_chunks(seed: Seed, item: Any) -> None:
+def _add_chunks(seed: Seed, name: str, item: Any, header: int) -> None:
     if isinstance(item, h5py.Dataset):
-        item.id.chunk_iter(lambda info: seed.chunks.append((info.byte_offset, info.size)))
+        found: list[tuple[int, int]] = []
+        item.id.chunk_iter(lambda info: found.append((info.byte_offset, info.size)))
+        seed.chunks += found
+        seed.owners += [(start, name) for start in (header, *(start for start, _ in found))]
 
 
 def _messages(data: bytes, start: int, length: int) -> list[tuple[int, int]]:
@@ -179,34 +195,54 @@ def _messages(data: bytes, start: int, length: int) -> list[tuple[int, int]]:
     head, found = 6 if flags & 4 else 4, []
     while at + head <= start + length:
         size = struct.unpack_from("<H", data, at + 1)[0]
-        found.append((at, size))
+        if data[at]:
+            found.append((at, size))
         at += head + size
     return found
 
 
-def everything(path: Path) -> list[Any]:
-    """All that a recording holds, through the reader."""
+def everything(path: Path, first: str = "") -> dict[str, Any]:
+    """All that a recording holds, through the reader; the part with the dataset ``first`` before the others."""
     with open_recording(path) as r:
-        out: list[Any] = [r.sites, r.probes, repr(r.meta), r.gram_checkpoints]
-        out.append([r.sample_ids(probe) for probe in r.probes])
-        for probe in r.probes:
-            out.append({name: column.tobytes() for name, column in r.tokens(probe).items()})
-            names = ("gate", "pathway", "expert_norm", "base_norm")
-            out += [group.read(name, probe).tobytes() for group in r.groups for name in names]
-        out += [{name: array.tobytes() for name, array in group.stats.items()} for group in r.groups]
-        for site in range(len(r.sites) if r.has_weights else 0):
-            out.append({name: np.asarray(array).tobytes() for name, array in r.weights(site).items()})
-        for anchor in r.gram_checkpoints:
-            grams = r.grams(anchor) or {}
-            out.append({key: {name: a.tobytes() for name, a in group.items()} for key, group in grams.items()})
-        for inner in (group.reference for group in r.groups if group.reference is not None):
-            out += [inner.read(name, probe).tobytes() for probe in r.probes for name in REFERENCE_VALUES]
-            out.append({name: array.tobytes() for name, array in inner.stats.items()})
-            out.append({name: array[...].tobytes() for name, array in (inner.grams or {}).items()})
-        return out
+        parts = _parts(r)
+        early = [name for name in parts if first.startswith(name)]
+        return {name: parts[name]() for name in dict.fromkeys((*early, *parts))}
 
 
-def judge(path: Path, seed: Seed, first: str = "both") -> str:
+def _parts(r: Recording) -> dict[str, Callable[[], Any]]:
+    """What reads each part of an open recording, by its place in the file."""
+
+    def array(get: Callable[[], Any]) -> Callable[[], bytes]:
+        return lambda: np.asarray(get()).tobytes()
+
+    def values(group: Group, name: str) -> Callable[[], list[bytes]]:
+        return lambda: [group.read(name, probe).tobytes() for probe in r.probes]
+
+    parts: dict[str, Callable[[], Any]] = {
+        "sites": lambda: (r.sites, r.probes, repr(r.meta), r.gram_checkpoints),
+        "samples": lambda: [r.sample_ids(probe) for probe in r.probes],
+        "tokens": lambda: [{n: c.tobytes() for n, c in r.tokens(probe).items()} for probe in r.probes],
+    }
+    for group in r.groups:
+        for inner, key in ((group, ""), (group.reference, "reference/")):
+            if inner is not None:
+                key = f"group_{group.index}/{key}"
+                parts |= {f"{key}{name}": values(inner, name) for name in VALUES if f"{key}{name}" not in parts}
+                parts |= {f"{key}stats/{name}": array(partial(inner.stats.__getitem__, name)) for name in inner.stats}
+        if group.reference is not None:
+            parts |= {
+                f"{key}grams/{name}": array(lambda g=g: g[...]) for name, g in (group.reference.grams or {}).items()
+            }
+    for site in range(len(r.sites) if r.has_weights else 0):
+        parts[f"weights/site_{site:05}"] = lambda s=site: {n: np.asarray(a).tobytes() for n, a in r.weights(s).items()}
+    parts["grams"] = lambda: [
+        {key: {name: a.tobytes() for name, a in group.items()} for key, group in (r.grams(anchor) or {}).items()}
+        for anchor in r.gram_checkpoints
+    ]
+    return parts
+
+
+def judge(path: Path, seed: Seed, first: str = "both", key: str = "") -> str:
     """Say what the reader makes of a file.
 
     ``refused`` with a named problem, ``equal`` or ``different`` content without any complaint, ``missed`` where verify
@@ -217,12 +253,13 @@ def judge(path: Path, seed: Seed, first: str = "both") -> str:
         seed: what it was made of.
         first: ``verify``, and a complete read of what it accepts, as a careful user does; ``read``, completely, and
             verify where nothing is refused, as a hasty one does; ``both`` in any case.
+        key: the dataset that ``read`` begins with.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if first != "verify":
             try:
-                found = everything(path)
+                found = everything(path, key)
             except DriftLensError:
                 if first == "read":
                     return "refused"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
+import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,51 @@ def test_a_patch_turns_one_file_into_the_other(seeds: dict[str, _fuzz.Seed]) -> 
     for number in range(40):
         data, _ = _fuzz.mutate(seed, random.Random(number))
         assert _fuzz.patched(seed.data, _fuzz.difference(seed.data, data)) == data
+
+
+def test_workers_share_the_numbers_and_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, folder = tmp_path / "corpus", tmp_path / "work"
+    (corpus / "seeds").mkdir(parents=True)
+    folder.mkdir()
+    shutil.copy(CORPUS / "seeds" / "plain-1.0.h5", corpus / "seeds")
+    section = {"first": 100, "inputs": 5, "seconds": 1.0, "cpu_seconds": 1.0, "outcomes": {"refused": 5}}
+    counter = corpus / "COUNTER.json"
+    counter.write_text(json.dumps({"inputs": 105, "sections": [{"first": 0, "inputs": 100}, section]}))
+    seen = tmp_path / "seen"
+
+    seeds = fuzz_reader.load_seeds(corpus)
+    fatal = fuzz_reader.make_input(seeds, 107)[1]
+
+    def judge(path: Path, *_: object, **__: object) -> str:
+        data = path.read_bytes()
+        with seen.open("ab") as file:
+            file.write(hashlib.sha256(data).digest())
+        if data == fatal:
+            faulthandler.disable()
+            fuzz_reader.os.kill(fuzz_reader.os.getpid(), fuzz_reader.signal.SIGSEGV)
+        return "refused"
+
+    monkeypatch.setattr(_fuzz, "judge", judge)
+    monkeypatch.setattr(fuzz_reader, "keep", lambda *_: None)
+    for total in (112, 117):
+        arguments = argparse.Namespace(corpus=corpus, inputs=total, seconds=60.0, workers=2, batch=4)
+        fuzz_reader.run(arguments, folder)
+        assert json.loads(counter.read_text())["inputs"] == total
+    last = json.loads(counter.read_text())["sections"][-1]
+    assert (last["inputs"], last["outcomes"]) == (17, {"crash": 1, "refused": 16})
+    raw = seen.read_bytes()
+    found = {raw[at : at + 32] for at in range(0, len(raw), 32)}
+    assert found == {hashlib.sha256(fuzz_reader.make_input(seeds, n)[1]).digest() for n in range(105, 117)}
+
+
+def test_a_change_is_traced_to_its_dataset(seeds: dict[str, _fuzz.Seed]) -> None:
+    seed = seeds["plain-1.0.h5"]
+    places = [start for start, name in seed.owners if name == "tokens/role"]
+    assert sorted(seed.data[start : start + 4] == b"OHDR" for start in places) == [False, True]
+    for start in places:
+        data = bytearray(seed.data)
+        data[start + 4] ^= 1
+        assert seed.owner(bytes(data)) == "tokens/role"
+    assert _fuzz.everything(seed.path, "tokens/role") == seed.content
