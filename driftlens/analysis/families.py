@@ -100,6 +100,14 @@ def _codes(like: FloatArray, *cases: tuple[NDArray[np.bool_], Reason]) -> NDArra
     return codes.astype(np.uint8)
 
 
+def _by_sample(
+    by_token: Mapping[str, FloatArray], sample: NDArray[np.integer], *, skip_undefined: bool = False
+) -> dict[str, FloatArray]:
+    """Average several arrays [S, n] within each sample, in one call."""
+    means = sample_means(np.stack(list(by_token.values())), sample, skip_undefined=skip_undefined)
+    return dict(zip(by_token, means, strict=True))
+
+
 # --- section 1: routing --------------------------------------------------------------------------------------------
 
 
@@ -149,14 +157,14 @@ def _routing_statistics(pair: Pair) -> Statistics:
         partner = _partners(old.share.shape[1])
         return sample_means(js_of_shares(old.share, old.share[:, partner]), pair.sample)
 
-    tokens = {
+    by_token = {
         "js": js,
         "js_distance": np.sqrt(js),
         "mass": mass_moved_tokens(old.share, new.share),
         "switched": (old.hot != new.hot).any(axis=-1).astype(np.float64),
         "overlap": (old.top & new.top).sum(axis=-1) / pair.top_k[:, None],
     }
-    by_sample = {name: sample_means(values, pair.sample) for name, values in tokens.items()} | {
+    by_sample = _by_sample(by_token, pair.sample) | {
         "spread": pair.anchor.once("routing spread", spread),
         "sample_js": js_divergence(old.mean, new.mean, base=math.e),
         "gate0": np.moveaxis(old.mean, -1, -2),
@@ -208,14 +216,13 @@ def _codrift_statistics(pair: Pair) -> Statistics:
         return Statistics({"base": base} | dict.fromkeys(_INNER_PRODUCTS, unknown), {"measured": np.zeros(len(base))})
     own0 = pair.anchor.once("codrift", lambda: expert_products(old, old, grams.g00))
     own1 = pair.current.once("codrift", lambda: expert_products(new, new, grams.g11))
-    parts = np.empty((len(_INNER_PRODUCTS), *base.shape))
+    parts = np.empty((len(_INNER_PRODUCTS), *pair.current.base_norm.shape))
     for site in range(len(base)):  # the products of one site stay in the cache
         between = expert_products(old[site], new[site], grams.g01[site])
-        tokens = codrift_from_products(
-            pair.anchor.gate[site], pair.current.gate[site], own0[site], between, own1[site]
-        ).per_sample(pair.sample)
+        tokens = codrift_from_products(pair.anchor.gate[site], pair.current.gate[site], own0[site], between, own1[site])
         parts[:, site] = [getattr(tokens, name) for name in _INNER_PRODUCTS]
-    return Statistics(dict(zip(_INNER_PRODUCTS, parts, strict=True)) | {"base": base}, {"measured": np.ones(len(base))})
+    by_sample = dict(zip(_INNER_PRODUCTS, sample_means(parts, pair.sample), strict=True))
+    return Statistics(by_sample | {"base": base}, {"measured": np.ones(len(base))})
 
 
 def _codrift(means: Means) -> Composed:
@@ -290,7 +297,7 @@ def _responsibility_statistics(pair: Pair) -> Statistics:
         "retained": tokens.retained,
         "whole": whole,
     }
-    result = {name: sample_means(values, pair.sample, skip_undefined=True) for name, values in by_token.items()}
+    result = _by_sample(by_token, pair.sample, skip_undefined=True)
     result |= {
         "align0": _alignment(pair.anchor, pair.sample),
         "align1": _alignment(pair.current, pair.sample),

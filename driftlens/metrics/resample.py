@@ -68,13 +68,14 @@ def sample_means(
     if np.any(ids[1:] < ids[:-1]):
         order = np.argsort(ids, kind="stable")
         ids, tokens = ids[order], tokens[..., order]
-    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
-    if skip_undefined:
-        defined = ~np.isnan(tokens)
+    first = np.ones(ids.size, dtype=np.bool_)
+    np.not_equal(ids[1:], ids[:-1], out=first[1:])
+    starts = np.flatnonzero(first)
+    if skip_undefined and not (defined := ~np.isnan(tokens)).all():
         sums = np.add.reduceat(np.where(defined, tokens, 0.0), starts, axis=-1)
         means = divide(sums, np.add.reduceat(defined.astype(np.float64), starts, axis=-1))
     else:
-        means = np.add.reduceat(tokens, starts, axis=-1) / np.diff(np.r_[starts, ids.size])
+        means = np.add.reduceat(tokens, starts, axis=-1) / np.diff(starts, append=ids.size)
     return np.moveaxis(means, -1, axis)
 
 
