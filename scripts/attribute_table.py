@@ -24,7 +24,7 @@ import pandas as pd
 from driftlens.analysis import open_run
 from driftlens.analysis.attribution import attribution_rows
 from driftlens.attribution import AttributionOptions, attribute_run
-from driftlens.attribution.ledger import AnswerBatches, ledger
+from driftlens.attribution.ledger import AnswerBatches, book_ledger
 from driftlens.attribution.pairs import load_pair
 from driftlens.attribution.runs import run_config, run_stream
 from driftlens.metrics import spearman
@@ -79,7 +79,7 @@ def study_nodes(folder: Path, table: Path) -> None:
             batches = AnswerBatches(pair, run_stream(run, config).task(task).test)
             for nodes in missing:
                 began = time.process_time()
-                found = ledger(pair, batches, nodes=nodes)
+                found = book_ledger(pair, batches, nodes=nodes)
                 rows.append(
                     {
                         "method": run.method,

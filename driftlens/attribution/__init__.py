@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from driftlens.attribution.depth import depth_shapley, single_restores
     from driftlens.attribution.estimate import AttributionEstimate
     from driftlens.attribution.intervene import Switchboard
-    from driftlens.attribution.ledger import AnswerBatches, Ledger, ledger
+    from driftlens.attribution.ledger import AnswerBatches, Ledger, book_ledger
     from driftlens.attribution.options import AttributionOptions
     from driftlens.attribution.pairs import LoadedPair, load_pair
     from driftlens.attribution.reroute import Rerouted, estimate_reroute, reroute_run
@@ -31,11 +31,11 @@ __all__ = [
     "Switchboard",
     "attribute_pair",
     "attribute_run",
+    "book_ledger",
     "depth_shapley",
     "estimate_pair",
     "estimate_reroute",
     "estimate_run_attribution",
-    "ledger",
     "load_pair",
     "reroute_run",
     "single_restores",
@@ -53,11 +53,11 @@ _HOMES = {
     "Switchboard": "intervene",
     "attribute_pair": "runs",
     "attribute_run": "runs",
+    "book_ledger": "ledger",
     "depth_shapley": "depth",
     "estimate_pair": "runs",
     "estimate_reroute": "reroute",
     "estimate_run_attribution": "runs",
-    "ledger": "ledger",
     "load_pair": "pairs",
     "reroute_run": "reroute",
     "single_restores": "depth",

@@ -34,7 +34,7 @@ from driftlens.recording.sites import base_module, forward_context
 from driftlens.streams import Sample
 from driftlens.training.data import EncodedTask, TrainingCollator
 
-__all__ = ["PARTS", "AnswerBatches", "Ledger", "TokenEntries", "ledger", "site_entries"]
+__all__ = ["PARTS", "AnswerBatches", "Ledger", "TokenEntries", "book_ledger", "site_entries"]
 
 PARTS = ("router", "experts")
 """The two accounts of every site."""
@@ -297,7 +297,7 @@ class _Piece:
         self.residual = float((self.nll[1] - self.nll[0]).mean()) - booked
 
 
-def ledger(
+def book_ledger(
     loaded: LoadedPair,
     batches: AnswerBatches,
     *,

@@ -18,7 +18,7 @@ from driftlens.analysis.attribution_files import SCORES, read_cell
 from driftlens.attribution.depth import RESTORED, depth_players, depth_shapley, most_evaluations, single_restores
 from driftlens.attribution.estimate import AttributionEstimate, estimate_cell, measure_speed
 from driftlens.attribution.intervene import Switchboard
-from driftlens.attribution.ledger import AnswerBatches, ledger
+from driftlens.attribution.ledger import AnswerBatches, book_ledger
 from driftlens.attribution.options import AttributionOptions, covers
 from driftlens.attribution.pairs import LoadedPair, load_pair
 from driftlens.attribution.results import (
@@ -179,7 +179,7 @@ class Worker:
         self, cell: Cell, loaded: LoadedPair, samples: Samples, batches: AnswerBatches, clock: _Clock
     ) -> dict[str, xr.Dataset]:
         options, counter = self.options, self._counter(cell, loaded, batches)
-        booked = ledger(
+        booked = book_ledger(
             loaded,
             batches,
             nodes=options.nodes,

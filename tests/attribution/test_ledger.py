@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from driftlens.attribution.intervene import Switchboard
-from driftlens.attribution.ledger import AnswerBatches, ledger, site_entries
+from driftlens.attribution.ledger import AnswerBatches, book_ledger, site_entries
 from driftlens.attribution.pairs import LoadedPair, load_pair
 from driftlens.errors import ConfigError, ProbeError
 from tests.attribution.support import loaded_pair, save_pair, save_plain_pair, toy_samples
@@ -56,7 +56,7 @@ def brute_force(pair: LoadedPair, batches: AnswerBatches, alpha: float) -> np.nd
 
 
 def test_entries_at_one_node_equal_a_loop_written_from_the_equation(pair: LoadedPair, batches: AnswerBatches) -> None:
-    found = ledger(pair, batches, nodes=1)  # one node: the middle of the path, with weight 1
+    found = book_ledger(pair, batches, nodes=1)  # one node: the middle of the path, with weight 1
     expected = brute_force(pair, batches, 0.5)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(found.entries.mean(axis=0), expected, atol=2e-5 * np.abs(expected).max() + 1e-6)
@@ -64,7 +64,7 @@ def test_entries_at_one_node_equal_a_loop_written_from_the_equation(pair: Loaded
 
 @pytest.mark.parametrize("gate", ["softmax", "energy"], indirect=True)
 def test_the_ledger_of_a_smooth_gate_is_complete(pair: LoadedPair, batches: AnswerBatches) -> None:
-    found = ledger(pair, batches, nodes=8)
+    found = book_ledger(pair, batches, nodes=8)
     assert abs(found.rise) > 1e-3
     assert abs(found.residual) < 1e-3 * abs(found.rise)
     assert np.abs(found.residuals).max() < 1e-3 * np.abs(found.nll_current - found.nll_anchor).max()
@@ -72,14 +72,14 @@ def test_the_ledger_of_a_smooth_gate_is_complete(pair: LoadedPair, batches: Answ
 
 
 def test_losses_at_the_ends_are_those_of_the_two_checkpoints(pair: LoadedPair, batches: AnswerBatches) -> None:
-    found = ledger(pair, batches, nodes=1)
+    found = book_ledger(pair, batches, nodes=1)
     np.testing.assert_allclose(found.nll_current, batches.nll(), atol=2e-5)
     with pair.anchor_alone():
         np.testing.assert_allclose(found.nll_anchor, batches.nll(), atol=2e-5)
 
 
 def test_more_nodes_leave_less_over(pair: LoadedPair, batches: AnswerBatches, gate: str) -> None:
-    one, four = (abs(ledger(pair, batches, nodes=n).residual) for n in (1, 4))
+    one, four = (abs(book_ledger(pair, batches, nodes=n).residual) for n in (1, 4))
     if gate != "topk":  # jumps are no matter of nodes
         assert four < 0.1 * one
 
@@ -87,7 +87,7 @@ def test_more_nodes_leave_less_over(pair: LoadedPair, batches: AnswerBatches, ga
 def test_a_tolerance_halves_panels_until_it_is_met_or_the_nodes_are_used_up(
     pair: LoadedPair, batches: AnswerBatches, gate: str
 ) -> None:
-    found = ledger(pair, batches, nodes=1, tolerance=1e-4, max_nodes=40)
+    found = book_ledger(pair, batches, nodes=1, tolerance=1e-4, max_nodes=40)
     assert found.panels[0] == 0.0
     assert found.panels[-1] == 1.0
     assert list(found.panels) == sorted(set(found.panels))
@@ -100,7 +100,7 @@ def test_a_tolerance_halves_panels_until_it_is_met_or_the_nodes_are_used_up(
 
 
 def test_tokens_and_sites_are_the_same_sum(pair: LoadedPair, batches: AnswerBatches) -> None:
-    found = ledger(pair, batches, nodes=2)
+    found = book_ledger(pair, batches, nodes=2)
     by_sample = np.zeros((len(found.samples), 2))
     np.add.at(by_sample, found.tokens.sample, found.tokens.entries)
     np.testing.assert_allclose(by_sample, found.entries.sum(axis=(1, 3)), atol=1e-10)
@@ -114,9 +114,9 @@ def test_tokens_and_sites_are_the_same_sum(pair: LoadedPair, batches: AnswerBatc
 
 
 def test_batches_and_their_order_change_nothing(pair: LoadedPair, batches: AnswerBatches) -> None:
-    found = ledger(pair, batches, nodes=2)
+    found = book_ledger(pair, batches, nodes=2)
     samples = toy_samples()
-    turned = ledger(pair, AnswerBatches(pair, samples[::-1], batch_size=3, prefix_cache=False), nodes=2)
+    turned = book_ledger(pair, AnswerBatches(pair, samples[::-1], batch_size=3, prefix_cache=False), nodes=2)
     assert turned.samples == found.samples[::-1]
     scale = np.abs(found.entries).max()
     np.testing.assert_allclose(turned.entries[::-1], found.entries, atol=1e-4 * scale)
@@ -124,14 +124,14 @@ def test_batches_and_their_order_change_nothing(pair: LoadedPair, batches: Answe
 
 def test_equal_checkpoints_have_an_empty_ledger(folders: tuple[Path, Path]) -> None:
     pair = loaded_pair((folders[0], folders[0]))
-    found = ledger(pair, AnswerBatches(pair, toy_samples(3)), nodes=2)
+    found = book_ledger(pair, AnswerBatches(pair, toy_samples(3)), nodes=2)
     assert np.all(found.entries == 0)
     assert abs(found.rise) < 1e-6
 
 
 def test_plain_lora_books_everything_to_experts(tmp_path: Path) -> None:
     pair = load_pair(*save_plain_pair(tmp_path), base="tiny-random")
-    found = ledger(pair, AnswerBatches(pair, toy_samples()), nodes=8)
+    found = book_ledger(pair, AnswerBatches(pair, toy_samples()), nodes=8)
     assert np.all(found.entries[:, :, 0] == 0)
     assert abs(found.rise) > 1e-3
     assert abs(found.residual) < 1e-3 * abs(found.rise)
@@ -149,7 +149,7 @@ def test_what_did_not_move_is_booked_nothing(tmp_path: Path, only: str) -> None:
             new[name] = old[name]
     save_file(new, current / "adapter_model.safetensors")
     pair = loaded_pair((anchor, current))
-    found = ledger(pair, AnswerBatches(pair, toy_samples()), nodes=8)
+    found = book_ledger(pair, AnswerBatches(pair, toy_samples()), nodes=8)
     silent = {"router": 1, "experts": 0}[only]
     assert np.abs(found.entries[:, :, 1 - silent]).max() > 1e-4
     assert np.abs(found.entries[:, :, silent]).max() < 1e-9 + 1e-6 * np.abs(found.entries).max()
@@ -187,7 +187,7 @@ def test_impossible_settings_are_refused(
     pair: LoadedPair, batches: AnswerBatches, options: dict[str, float], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        ledger(pair, batches, **options)  # type: ignore[arg-type]
+        book_ledger(pair, batches, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gate", ["softmax"], indirect=True)
