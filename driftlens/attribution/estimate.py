@@ -9,7 +9,7 @@ from pathlib import Path
 
 from driftlens.attribution.depth import RESTORED, depth_players, most_evaluations
 from driftlens.attribution.intervene import Switchboard
-from driftlens.attribution.ledger import PARTS, AnswerBatches, ledger
+from driftlens.attribution.ledger import PARTS, AnswerBatches, book_ledger
 from driftlens.attribution.options import AttributionOptions
 from driftlens.attribution.pairs import LoadedPair
 from driftlens.attribution.swaps import COMBINATIONS, swap_scores
@@ -106,7 +106,7 @@ def measure_speed(
         batches.nll()
         forward = _seconds(batches.nll)
     # the ledger runs both ends of the path besides its nodes
-    node = max(_seconds(lambda: ledger(loaded, batches, nodes=1)) - 2 * forward, forward)
+    node = max(_seconds(lambda: book_ledger(loaded, batches, nodes=1)) - 2 * forward, forward)
     scoring = 0.0
     answered = [sample for sample in few if isinstance(sample, Sample)]
     if evaluation is not None and len(answered) == len(few):
