@@ -192,7 +192,7 @@ def make_large(root: Path, size: int) -> None:
 
 
 def make_many(root: Path, count: int) -> None:
-    """Make ``count`` runs as they lie on disk: a configuration of some sixty lines, a manifest of some hundred files."""
+    """Make ``count`` runs as they lie on disk: configurations of some sixty lines, manifests of a hundred files."""
     files = {f"checkpoints/{name}/part-{part}.bin": FileEntry(1000, "0" * 64) for name in NAMES for part in range(12)}
     files |= {f"recordings/{name}.h5": FileEntry(1000, "0" * 64) for name in NAMES}
     for number in range(count):
@@ -282,8 +282,8 @@ def report(rows: dict[str, dict[str, float]], facts: dict[str, Any]) -> str:
         line(
             "analysis, all tables",
             f"< {BARS['seconds']:.0f} s, < {BARS['MB'] / 1000:.0f} GB",
-            f"{analysis['wall']:.1f} s on the clock, {analysis['cpu']:.1f} s of CPU time, peak {analysis['peak']:.0f} MB"
-            f" ({analysis['base']:.0f} MB after import)",
+            f"{analysis['wall']:.1f} s on the clock, {analysis['cpu']:.1f} s of CPU time; "
+            f"peak {analysis['peak']:.0f} MB ({analysis['base']:.0f} MB after import)",
             met(analysis["wall"] < BARS["seconds"], analysis["peak"] < BARS["MB"]),
         ),
         line(

@@ -117,7 +117,7 @@ def write_cache(path: Path, key: str, stamps: Stamps, tables: Mapping[str, xr.Da
     """Write a cache atomically.
 
     Returns:
-        False if the folder cannot be written to: the cache is a convenience, its absence costs seconds.
+        False if it could not be written: the cache is a convenience, its absence costs seconds.
     """
     if not os.access(path.parent, os.W_OK):
         return False
@@ -127,7 +127,7 @@ def write_cache(path: Path, key: str, stamps: Stamps, tables: Mapping[str, xr.Da
                 write_table(file.create_group(name), table)
             file.attrs["key"] = key
             file.attrs["stamps"] = json.dumps(stamps, sort_keys=True)
-    except StorageError:
+    except (StorageError, OSError):  # the second: another process analyses the same run and was faster
         return False
     return True
 

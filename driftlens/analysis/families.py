@@ -214,10 +214,11 @@ def _codrift_statistics(pair: Pair) -> Statistics:
     if grams is None or old is None or new is None:
         unknown = np.full_like(base, np.nan)
         return Statistics({"base": base} | dict.fromkeys(_INNER_PRODUCTS, unknown), {"measured": np.zeros(len(base))})
-    own0 = pair.anchor.once("codrift", lambda: expert_products(old, old, grams.g00))
-    own1 = pair.current.once("codrift", lambda: expert_products(new, new, grams.g11))
+    # Site by site: the products of one site stay in the cache.
+    own0 = pair.anchor.once("codrift", lambda: [expert_products(z, z, g) for z, g in zip(old, grams.g00, strict=True)])
+    own1 = pair.current.once("codrift", lambda: [expert_products(z, z, g) for z, g in zip(new, grams.g11, strict=True)])
     parts = np.empty((len(_INNER_PRODUCTS), *pair.current.base_norm.shape))
-    for site in range(len(base)):  # the products of one site stay in the cache
+    for site in range(len(base)):
         between = expert_products(old[site], new[site], grams.g01[site])
         tokens = codrift_from_products(pair.anchor.gate[site], pair.current.gate[site], own0[site], between, own1[site])
         parts[:, site] = [getattr(tokens, name) for name in _INNER_PRODUCTS]

@@ -14,6 +14,7 @@ Memory: about 4 E r numbers of 8 bytes per site and token at the peak; pass a fe
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -50,6 +51,9 @@ __all__ = [
     "expert_grams",
     "expert_products",
 ]
+
+_CACHED_BYTES = 1 << 18
+"""Size of the arrays that products of expert outputs go through: several of them fit in a second-level cache."""
 
 _STILL = 1e-12
 """Parts of Phi at or below this are rounding of float64 sums: that side did not move."""
@@ -316,15 +320,18 @@ def expert_products(z0: Paths0, z1: Paths1, gram: SiteGram01) -> Float64[np.ndar
         )
     flat = second.reshape(*second.shape[:-3], new * width, tokens)
     result = np.empty((*np.broadcast_shapes(first.shape[:-3], flat.shape[:-2], inner.shape[:-2]), old, new, tokens))
-    for expert in range(old):  # what one expert needs stays in the cache
-        start = expert if z0 is z1 else 0
+    step = min(max(64, _CACHED_BYTES // (8 * new * width)), tokens)
+    room = np.empty((*result.shape[:-3], new * width, step))
+    for begin, expert in itertools.product(range(0, tokens, step or 1), range(old)):
+        part, start = slice(begin, begin + step), expert if z0 is z1 else 0
         rows = np.swapaxes(inner[..., expert * rank : (expert + 1) * rank, start * width :], -1, -2)
-        image = rows @ first[..., expert, :, :]
-        image *= flat[..., start * width :, :]
-        split = image.reshape(*image.shape[:-2], new - start, width, tokens)
-        np.sum(split, axis=-2, out=result[..., expert, start:, :])
+        image = room[..., start * width :, : tokens - begin]
+        np.matmul(rows, first[..., expert, :, part], out=image)
+        image *= flat[..., start * width :, part]
+        split = image.reshape(*image.shape[:-2], new - start, width, image.shape[-1])
+        np.sum(split, axis=-2, out=result[..., expert, start:, part])
         if start:
-            result[..., expert, :start, :] = result[..., :start, expert, :]
+            result[..., expert, :start, part] = result[..., :start, expert, part]
     return np.moveaxis(result, -1, -3)
 
 
@@ -345,19 +352,32 @@ def codrift_from_products(
         own1: of the current outputs with each other.
     """
     first, second = as_float(gate0), as_float(gate1)
-    step, middle = (second - first) / 2, (second + first) / 2
+    tokens, experts = first.shape[-2:]
+    size = max(64, _CACHED_BYTES // (16 * experts**2))
+    cuts = [slice(begin, begin + size) for begin in range(0, max(tokens, 1), size)]
     with np.errstate(invalid="ignore", over="ignore"):  # infinite activations end as NaN with their reason
-        turned = np.swapaxes(between, -1, -2)
-        own, both = own0 + own1, between + turned
-        kept = own + both
-        own -= both
-        return CoDriftTokens(
-            rr=np.maximum(_form(step, kept, step), 0.0),
-            ee=np.maximum(_form(middle, own, middle), 0.0),
-            re=_form(step, between - turned + own1 - own0, middle),
-            u00_sq=np.maximum(_form(first, own0, first), 0.0),
-            u11_sq=np.maximum(_form(second, own1, second), 0.0),
-        )
+        parts = [
+            _forms(first[..., cut, :], second[..., cut, :], *(each[..., cut, :, :] for each in (own0, between, own1)))
+            for cut in cuts
+        ]
+    return CoDriftTokens(*(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+
+
+def _forms(
+    first: FloatArray, second: FloatArray, own0: FloatArray, between: FloatArray, own1: FloatArray
+) -> tuple[FloatArray, ...]:
+    step, middle = (second - first) / 2, (second + first) / 2
+    turned = np.swapaxes(between, -1, -2)
+    own, both = own0 + own1, between + turned
+    kept = own + both
+    own -= both
+    return (
+        np.maximum(_form(step, kept, step), 0.0),
+        np.maximum(_form(middle, own, middle), 0.0),
+        _form(step, between - turned + own1 - own0, middle),
+        np.maximum(_form(first, own0, first), 0.0),
+        np.maximum(_form(second, own1, second), 0.0),
+    )
 
 
 def _form(left: FloatArray, matrix: FloatArray, right: FloatArray) -> FloatArray:

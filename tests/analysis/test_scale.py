@@ -13,7 +13,7 @@ import xarray as xr
 from scipy.linalg import subspace_angles
 from scipy.special import rel_entr
 
-from driftlens.analysis import Pass, Run, inputs, open_run, threads
+from driftlens.analysis import Pass, Run, cache, inputs, open_run, threads
 from driftlens.analysis.inputs import factor_grams, read_pass, site_blocks, site_union
 from driftlens.analysis.state import angle_table
 from driftlens.errors import ConfigError, FormatError, UnknownNameError
@@ -182,6 +182,19 @@ def test_workers_take_one_blas_thread_each_and_give_the_others_back() -> None:
         assert get() == 2
     finally:
         put(before)
+
+
+def test_another_process_that_takes_the_cache_away_costs_no_tables(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "analysis.h5").unlink()
+    original = cache.write_table
+
+    def removed(group: Any, table: xr.Dataset) -> None:
+        original(group, table)
+        (copy / "analysis.h5.partial").unlink(missing_ok=True)
+
+    monkeypatch.setattr(cache, "write_table", removed)
+    assert "router_js" in open_run(copy).drift
+    assert not (copy / "analysis.h5").exists()
 
 
 # --- lazy reading --------------------------------------------------------------------------------------------------
