@@ -1,10 +1,11 @@
 """Which drift measures predict forgetting, on a folder of finished runs.
 
-    python scripts/make_validity.py [--runs runs/table] [--out docs/results/validity] [--select 0] [--draws 2000]
+    python scripts/make_validity.py [--runs runs/table] [--out docs/results/validity] [--draws 2000]
 
 OUT.csv holds every measure and target, OUT_rows.csv the rows behind it, OUT_search.csv every variant of co-drift and
-impact on the seeds it was chosen on and on the others, OUT.md the tables of all that. Minutes; the runs are read only
-(their analysis is cached in them, as by any command).
+impact by seed and by method, OUT.md the tables of all that: variants are chosen on the first seed and looked at on the
+others, then chosen on all but the last and looked at on it. A minute on a free core; the runs are read only (their
+analysis is cached in them, as by any command).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from driftlens.analysis import Validity, open_run
@@ -23,7 +23,9 @@ from driftlens.analysis.variants import VARIANTS, variant_names
 from driftlens.store import write_bytes
 
 TARGETS = {"lost_strict": "accuracy lost", "nll_rise": "rise in NLL"}
-FOLLOWED = ["impact_scored", "impact_experts_scored", "update_share_scored", "impact", "codrift_divergence"]
+SHORT = {"lost_strict": "strict", "nll_rise": "nll"}
+FOLLOWED = ["impact_scored", "impact", "codrift_divergence", "codrift_cross", "codrift_divergence_late"]
+"""Shown wherever they rank."""
 
 
 def main() -> None:
@@ -31,7 +33,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/table"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/validity"))
-    parser.add_argument("--select", type=int, nargs="*", default=[0], help="seeds that variants are chosen on")
     parser.add_argument("--draws", type=int, default=2000)
     args = parser.parse_args()
     folders = sorted({path.parents[1] for path in args.runs.glob("*/recordings/*.noise.h5")})
@@ -41,7 +42,7 @@ def main() -> None:
     rows, undefined = read_rows(folders, names)
     shown = rows[[name for name in rows.columns if is_shown(str(name), names)]]
     study = correlate(shown, draws=args.draws, undefined=undefined)
-    search = search_table(rows, names, args.select)
+    search = search_table(rows, names)
     out = args.out
     out.parent.mkdir(parents=True, exist_ok=True)
     numbers = study.table.round(4)
@@ -49,7 +50,7 @@ def main() -> None:
     kept = shown[[name for name in shown.columns if not str(name).endswith("_noise")]]
     write_bytes(out.with_name(f"{out.name}_rows.csv"), kept.round(6).to_csv(index=False).encode())
     write_bytes(out.with_name(f"{out.name}_search.csv"), search.round(4).to_csv(index=False).encode())
-    text = page(rows, study, search, args.select, args.draws)
+    text = page(rows, study, search, args.draws)
     write_bytes(out.with_suffix(".md"), text.encode())
 
 
@@ -73,24 +74,26 @@ def is_shown(column: str, variants: list[str]) -> bool:
     return measure not in variants or measure in VARIANTS or measure in tables
 
 
-def search_table(rows: pd.DataFrame, variants: list[str], select: list[int]) -> pd.DataFrame:
-    """Return rho of every variant and target on the seeds for choosing and on the others, and by method."""
-    chosen = rows["seed"].isin(select).to_numpy()
-    others = [str(name) for name in rows.columns if str(name) in SIMPLE]
+def search_table(rows: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
+    """Return rho of every variant and simple measure over all rows, by seed, by method and without each method."""
+    simple = [str(name) for name in rows.columns if str(name) in SIMPLE]
+    parts = {"all": rows} | {f"seed{seed}": rows[rows["seed"] == seed] for seed in sorted(rows["seed"].unique())}
+    for method in sorted(rows["method"].unique()):
+        parts[method] = rows[rows["method"] == method]
+        parts[f"without_{method}"] = rows[rows["method"] != method]
     result = []
-    for measure in [*variants, *(name for name in others if name not in variants)]:
-        if not np.isfinite(rows[measure].astype(float)).any():
-            continue
-        entry: dict[str, object] = {"measure": measure}
-        for target, short in (("lost_strict", "strict"), ("nll_rise", "nll")):
-            entry[f"{short}_chosen"] = spearman(rows[chosen], measure, target)
-            entry[f"{short}_held_out"] = spearman(rows[~chosen], measure, target)
-            for method in sorted(rows["method"].unique()):
-                entry[f"{short}_{method}"] = spearman(rows[rows["method"] == method], measure, target)
-                entry[f"{short}_without_{method}"] = spearman(rows[rows["method"] != method], measure, target)
-        entry["criterion"] = min(spearman(rows[chosen], measure, target) for target in TARGETS)
+    for measure in [*variants, *(name for name in simple if name not in variants)]:
+        entry: dict[str, object] = {"measure": measure, "simple": measure in SIMPLE}
+        for name, part in parts.items():
+            entry |= {f"{short}_{name}": spearman(part, measure, target) for target, short in SHORT.items()}
         result.append(entry)
-    return pd.DataFrame(result).sort_values("criterion", ascending=False, kind="stable").reset_index(drop=True)
+    return pd.DataFrame(result).sort_values("strict_all", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def criterion(rows: pd.DataFrame, measures: list[str]) -> pd.Series:
+    """Return the lower of the two correlations of every measure, highest first."""
+    lower = {name: min(spearman(rows, name, target) for target in TARGETS) for name in measures}
+    return pd.Series(lower).sort_values(ascending=False, kind="stable")
 
 
 def spearman(rows: pd.DataFrame, measure: str, target: str) -> float:
@@ -101,10 +104,9 @@ def spearman(rows: pd.DataFrame, measure: str, target: str) -> float:
     return float(both[measure].rank().corr(both[target].rank()))
 
 
-def page(rows: pd.DataFrame, study: Validity, search: pd.DataFrame, select: list[int], draws: int) -> str:
+def page(rows: pd.DataFrame, study: Validity, search: pd.DataFrame, draws: int) -> str:
     """Return OUT.md."""
     seeds = sorted(rows["seed"].unique().tolist())
-    held = [seed for seed in seeds if seed not in select]
     lines = [
         "# Which drift measures predict forgetting, on the built-in stream",
         "",
@@ -120,60 +122,57 @@ def page(rows: pd.DataFrame, study: Validity, search: pd.DataFrame, select: list
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by_target = {target: study.table[study.table["target"] == target].set_index("measure") for target in TARGETS}
-    for measure, row in by_target["lost_strict"].iterrows():
-        other = by_target["nll_rise"].loc[str(measure)]
-        name = str(measure) + ("" if row["predicts"] or other["predicts"] else " (does not predict)")
-        cells = [name, row["kind"], with_interval(row), with_interval(other), number(row["partial"])]
+    for measure in by_target["lost_strict"].index.to_list():
+        row = by_target["lost_strict"].loc[measure]
+        predicts = any(table["predicts"][measure] for table in by_target.values())
+        cells = [measure + ("" if predicts else " (does not predict)"), row["kind"]]
+        cells += [with_interval(table, measure) for table in by_target.values()] + [number(row["partial"])]
         cells += [number(row["within_method"]), number(row["within_run"]), f"{row['beats']} of {row['of_simple']}"]
         lines.append(f"| {' | '.join([*cells, str(row['rows'])])} |")
     if any(name in study.table["measure"].unique() for name in ATTRIBUTED):
         lines += ["", "Attribution needs the model; its parts sum to the rise of the NLL by construction."]
-    lines += chosen_section(rows, search, select, held, draws) if held else []
-    lines += method_section(search)
-    return "\n".join(lines) + "\n"
+    variants = search.loc[~search["simple"], "measure"].to_list()
+    for count in dict.fromkeys((1, len(seeds) - 1)):
+        if 0 < count < len(seeds):
+            lines += chosen_section(rows, variants, seeds[:count], seeds[count:], draws)
+    return "\n".join([*lines, *method_section(search)]) + "\n"
 
 
 def chosen_section(
-    rows: pd.DataFrame, search: pd.DataFrame, select: list[int], held: list[int], draws: int
+    rows: pd.DataFrame, variants: list[str], select: list[int], held: list[int], draws: int
 ) -> list[str]:
     """Return the part on choosing on some seeds and looking at the others."""
-    variants = search[~search["measure"].isin(SIMPLE)]
-    best = variants["measure"].iloc[0]
-    bars = search[search["measure"].isin(SIMPLE)]
-    followed = list(dict.fromkeys([*variants["measure"].head(6), *FOLLOWED]))
-    kept = rows[rows["seed"].isin(held)]
-    columns = [name for name in kept.columns if name not in set(variants["measure"]) or name in followed]
-    columns = [name for name in columns if not str(name).endswith("_noise")]
-    study = correlate(kept[columns], draws=draws)
+    chosen, kept = rows[rows["seed"].isin(select)], rows[rows["seed"].isin(held)]
+    ranked = criterion(chosen, variants)
+    followed = list(dict.fromkeys([*ranked.index[:6], *FOLLOWED]))
+    columns = [name for name in kept.columns if name not in set(variants) - set(followed)]
+    study = correlate(kept[[name for name in columns if not str(name).endswith("_noise")]], draws=draws)
+    names = ["seed" + "s" * (len(part) > 1) + " " + ", ".join(map(str, part)) for part in (select, held)]
     lines = [
         "",
-        f"## Chosen on seed {', '.join(map(str, select))}, looked at on seed {', '.join(map(str, held))}",
+        f"## Chosen on {names[0]}, looked at on {names[1]}",
         "",
-        f"{len(variants)} variants of co-drift and impact were tried (quantity x tokens x sites); the criterion is "
-        f"the lower of the two correlations on seed {', '.join(map(str, select))}. Best there: `{best}`. Beats: simple "
-        "measures beaten on the held-out rows with a paired interval above 0.",
+        f"{len(variants)} variants of co-drift and impact were tried (quantity x tokens x sites); the criterion is the "
+        f"lower of the two correlations on {names[0]}. Best there: `{ranked.index[0]}`. Beats: simple measures beaten "
+        "on the held-out rows with a paired interval above 0.",
         "",
-        "| measure | chosen: accuracy lost | chosen: rise in NLL | held out: accuracy lost | held out: rise in NLL "
-        "| beats, accuracy | beats, NLL |",
-        "|---|---|---|---|---|---|---|",
+        "| measure | rank | chosen: accuracy lost | chosen: rise in NLL | held out: accuracy lost "
+        "| held out: rise in NLL | beats, accuracy | beats, NLL |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for measure in [*followed, *bars["measure"]]:
-        entry = search.set_index("measure").loc[measure]
-        cells = [measure, number(entry["strict_chosen"]), number(entry["nll_chosen"])]
-        beats = []
+    for measure in [*followed, *(name for name in SIMPLE if name in kept)]:
+        place = str(ranked.index.to_list().index(measure) + 1) if measure in ranked.index else "-"
+        cells = [measure, place, *(number(spearman(chosen, measure, target)) for target in TARGETS)]
         own = study.table[study.table["measure"] == measure].set_index("target")
-        for target in TARGETS:
-            row = own.loc[target]
-            cells.append(with_interval(row))
-            beats.append(f"{row['beats']} of {row['of_simple']}")
-        lines.append(f"| {' | '.join([*cells, *beats])} |")
+        beaten = [f"{own.loc[target, 'beats']} of {own.loc[target, 'of_simple']}" for target in TARGETS]
+        lines.append(f"| {' | '.join([*cells, *(with_interval(own, target) for target in TARGETS), *beaten])} |")
     return lines
 
 
 def method_section(search: pd.DataFrame) -> list[str]:
     """Return the part on leaving one method out when choosing."""
     methods = [name.removeprefix("strict_without_") for name in search.columns if name.startswith("strict_without_")]
-    variants = search[~search["measure"].isin(SIMPLE)].set_index("measure")
+    variants = search[~search["simple"]].set_index("measure")
     lines = [
         "",
         "## Chosen without one method, looked at on that method (all seeds)",
@@ -183,11 +182,10 @@ def method_section(search: pd.DataFrame) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
-        criterion = variants[[f"strict_without_{method}", f"nll_without_{method}"]].min(axis=1)
-        best = str(criterion.idxmax())
+        best = str(variants[[f"strict_without_{method}", f"nll_without_{method}"]].min(axis=1).idxmax())
         cells = [method, f"`{best}`"]
         for measure in (best, "impact_scored", "codrift_divergence"):
-            cells += [number(variants.loc[measure, f"{short}_{method}"]) for short in ("strict", "nll")]
+            cells += [number(variants[f"{short}_{method}"][measure]) for short in SHORT.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -197,9 +195,9 @@ def number(value: float) -> str:
     return "-" if pd.isna(value) else f"{value:.2f}"
 
 
-def with_interval(row: pd.Series) -> str:
+def with_interval(table: pd.DataFrame, row: str) -> str:
     """Return rho with its interval."""
-    return f"{number(row['rho'])} [{number(row['low'])}, {number(row['high'])}]"
+    return f"{number(table['rho'][row])} [{number(table['low'][row])}, {number(table['high'][row])}]"
 
 
 if __name__ == "__main__":
