@@ -137,10 +137,13 @@ def drift_numbers(runs: list[Run]) -> list[str]:
         values = [span(part["value"]), span(part["routed"])]
         values += [span(alike.loc[method, task]) if kinds else "n/a", span(part["router_js"])]
         rows.append([method, task, *values, f"{100 * part['near_uniform_share'].mean():.0f} %"])
-    noise = (
-        f"The noise floor (the last checkpoint recorded twice) of `sample_js` is {frame['noise_floor'].max():.1e} nats."
-    )
-    return [*markdown(rows), "", noise]
+    said = ["Mean over old tasks and runs (nats):", ""]
+    for method, part in frame.groupby("method", sort=False):
+        values = f"{part['value'].mean():.4f} over all sites"
+        values += f", {alike.loc[method].mean():.4f} at {', '.join(kinds)}" if kinds else ""
+        said.append(f"- {method}: {values}")
+    noise = f"The noise floor (the last checkpoint recorded twice) is {frame['noise_floor'].max():.1e} nats at most."
+    return [*markdown(rows), "", *said, "", noise]
 
 
 def histogram_numbers(runs: list[Run]) -> list[str]:
