@@ -86,12 +86,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         mutants = prepare(work, options.modules)
-        plugin = Mutator(mutants, options.jobs, known(work) if options.again else {})
+        plugin = Mutator(mutants, options.jobs, work, known(work) if options.again else {})
         sys.path.insert(0, str(work))
         pytest.main(
             [*options.tests, "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[plugin]
         )
-        remember(work, plugin.status)
     if len(plugin.status) < len(mutants):
         print(f"{len(mutants) - len(plugin.status)} mutants were not run; the tables are left as they are.")
         return 1
@@ -149,8 +148,8 @@ def _difference(before: list[str], after: list[str]) -> str:
 class Mutator:
     """Pytest plugin that replaces the loop over tests by one over mutants."""
 
-    def __init__(self, mutants: list[Mutant], jobs: int, killed: dict[str, str]) -> None:
-        self.mutants, self.jobs, self.killed = mutants, jobs, killed
+    def __init__(self, mutants: list[Mutant], jobs: int, work: Path, killed: dict[str, str]) -> None:
+        self.mutants, self.jobs, self.work, self.killed = mutants, jobs, work, killed
         self.status: dict[Mutant, str] = {}
         self.seconds: dict[Any, float] = {}
         self.tests: defaultdict[str, list[Any]] = defaultdict(list)
@@ -193,6 +192,7 @@ class Mutator:
                 pid, pipe = self._start(batch)
                 running[pid] = pipe, batch
             waiting = self._wait(running) + waiting
+            remember(self.work, self.status)
             print(f"{len(self.status)}/{len(self.mutants)} {dict(Counter(self.status.values()))} "
                   f"{time.monotonic() - start:.0f} s", file=sys.__stderr__, flush=True)  # fmt: skip
         return True

@@ -274,3 +274,30 @@ def test_every_gram_matrix_that_does_not_fit_is_named() -> None:
                 f"The {checkpoint}'s pathways have shape {path.shape} and {name} has {gram.shape}; expected "
                 f"[..., n, E, r] and [..., 3, {rank}, {rank}]."
             )
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_tokens_have_no_biased_cka_in_the_shape_of_the_sites() -> None:
+    z0, z1, B0, B1 = pair()
+    for old, new, shape in (
+        (slice(None), slice(None), (2, 3)),
+        (0, slice(None), (2, 3)),
+        (slice(None), 1, (2, 3)),
+        (0, 1, (3,)),
+    ):
+        result = m.biased_cka(z0[..., :0, :, :][old], z1[..., :0, :, :][new], B0[old], B1[new])
+        assert result.shape == shape
+        assert np.isnan(result).all()
+    assert np.isnan(m.biased_cka(z0[:, :1], z1[:, :1], B0, B1)).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_weights_beside_zeros_make_no_noise() -> None:
+    z0, z1, B0, B1 = pair()
+    B0 = B0.copy()
+    B0[1, 2, 0] = np.inf
+    B0[1, 2, 1] = 0
+    B0[1, 2, 2, 0] = -np.inf
+    B0[1, 2, 0, 1] = 0
+    for measure in (m.cka, m.biased_cka):
+        assert np.isnan(measure(z0, z1, B0, B1)).any(-1).tolist() == [False, True]

@@ -84,3 +84,14 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ConfigError) as caught:
             expert_products(z0, z1, gram)
         assert str(caught.value) == (f"The Gram matrix has shape {gram.shape}; expected [..., 6, 20] for E r columns.")
+
+
+def test_small_products_of_a_single_site_are_what_they_are() -> None:
+    (gate0, z0, B0), (gate1, z1, B1) = side(6, 3, 2), side(7, 3, 2)
+    grams = [1e-4 * gram[0] for gram in m.expert_grams(B0, B1)]
+    pairs = ((z0[0], z0[0]), (z0[0], z1[0]), (z1[0], z1[0]))
+    products = [expert_products(*pair, gram) for pair, gram in zip(pairs, grams, strict=True)]
+    found = codrift_from_products(gate0[0], gate1[0], *products)
+    wanted = m.codrift_from_grams(gate0[0], gate1[0], z0[0], z1[0], *grams)
+    for name in ("rr", "ee", "re", "u00_sq", "u11_sq"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-8, atol=1e-14)

@@ -257,3 +257,13 @@ def test_matching_has_the_documented_defaults() -> None:
     np.testing.assert_array_equal(m.other_site_scores(*sites), m.other_site_scores(*sites, most=64))
     assert m.other_site_scores(*sites).shape == (64, 70)
     assert m.other_site_scores(*sites, most=3).shape == (3, 70)
+
+
+def test_scores_that_cancel_are_scores_and_two_orders_have_an_error() -> None:
+    found = m.bootstrap_attribution([1.0, 2.0], [0.5, 0.0], [-0.5, 0.0], [0.0, 0.0])
+    assert found.forgetting.value == 1.5
+    assert found.phi_router.value + found.phi_experts.value == pytest.approx(1.5)
+    steps = np.array([[0.0, 1.0, 3.0], [0.0, 4.0, 3.0]])
+    drawn = m.permutation_shapley(np.array([[0, 1], [1, 0]]), steps, antithetic=False)
+    np.testing.assert_allclose(drawn.value, [0.0, 3.0])
+    np.testing.assert_allclose(drawn.error, [1.0, 1.0])
