@@ -26,7 +26,6 @@ __all__ = [
     "ANALYSIS_VERSION",
     "UNREADABLE",
     "cache_key",
-    "file_stamp",
     "open_cache",
     "read_table",
     "write_cache",
@@ -50,12 +49,6 @@ UNREADABLE: Final = (OSError, KeyError, ValueError, TypeError, RuntimeError, Att
 def cache_key(**content: Any) -> str:
     """Return the SHA-256 of everything that the tables depend on."""
     return hashlib.sha256(json.dumps({"version": ANALYSIS_VERSION, **content}, sort_keys=True).encode()).hexdigest()
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Return size and time of change: while they stay, a file that was hashed once is not hashed again."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def open_cache(path: Path, key: str) -> dict[str, tuple[int, int]] | None:

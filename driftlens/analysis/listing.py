@@ -14,7 +14,7 @@ import yaml
 from driftlens.errors import ConfigError, FormatError, NotFoundError
 from driftlens.store.manifest import MANIFEST_NAME, Manifest
 
-__all__ = ["RunEntry", "list_runs", "read_config"]
+__all__ = ["RunEntry", "file_stamp", "list_runs", "read_config"]
 
 RUN_FILES: Final = re.compile(
     r"(?:checkpoints/(?P<folder>\d+-[^/]+)/.+|recordings/(?P<file>\d+-[^/]+?)(?P<noise>\.noise)?\.h5)"
@@ -85,6 +85,12 @@ def training_seed(config: dict[str, Any], manifest: Manifest) -> int | None:
     training = config.get("training")
     seed = training.get("seed") if isinstance(training, dict) else None
     return seed if isinstance(seed, int) else manifest.seed
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of change: while they stay, a file that was hashed once is not hashed again."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:

@@ -9,22 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import pandas as pd
-import xarray as xr
-
-from driftlens.analysis.analyse import analyse
-from driftlens.analysis.attribution import tabulate
-from driftlens.analysis.attribution_files import ATTRIBUTION_FILES, read_cell
-from driftlens.analysis.cache import ANALYSIS_NAME, cache_key, file_stamp, open_cache, read_table, write_cache
-from driftlens.analysis.datasets import TABLES
-from driftlens.analysis.listing import RUN_FILES, method_name, read_config, training_seed
-from driftlens.analysis.scores import read_scores, read_train_log, score_arrays, stream_summary
+from driftlens.analysis.listing import RUN_FILES, file_stamp, method_name, read_config, training_seed
 from driftlens.analysis.threads import in_order
 from driftlens.errors import FormatError, NotFoundError, UnknownNameError
 from driftlens.store import Manifest, Recording, open_recording
 from driftlens.store.manifest import sha256_file
+
+# Opening reads a manifest; xarray, pandas and scipy, which take a second to import, wait until a table is asked for.
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
 
 __all__ = ["Checkpoint", "Run", "open_run"]
 
@@ -283,21 +279,29 @@ class Run:
     @cached_property
     def score_table(self) -> pd.DataFrame:
         """scores.parquet: one row per (checkpoint, task, sample) with prediction, reference, strict, lenient, nll."""
+        from driftlens.analysis.scores import read_scores
+
         return read_scores(self.trusted("scores.parquet"))
 
     @cached_property
     def scores(self) -> xr.Dataset:
         """``strict``, ``lenient``, ``nll`` and ``n`` by checkpoint and task; see `score_arrays`."""
+        from driftlens.analysis.scores import score_arrays
+
         return score_arrays(self.score_table)
 
     @cached_property
     def stream(self) -> xr.Dataset:
         """AP, MAA, MFT, BWT_T, BWT_T-1, forgetting_max, FWT by scorer, and format_share; see `stream_summary`."""
+        from driftlens.analysis.scores import stream_summary
+
         return stream_summary(self.scores)
 
     @cached_property
     def train_log(self) -> pd.DataFrame:
         """train_log.parquet: one row per logged training step."""
+        from driftlens.analysis.scores import read_train_log
+
         return read_train_log(self.trusted("train_log.parquet"))
 
     # --- attribution -----------------------------------------------------------------------------------------------
@@ -312,6 +316,9 @@ class Run:
             NotFoundError: `driftlens attribute` has not been run.
             FormatError: a file of it is damaged or is not the one that the manifest lists.
         """
+        from driftlens.analysis.attribution import tabulate
+        from driftlens.analysis.attribution_files import ATTRIBUTION_FILES, read_cell
+
         files = [file for file in self.manifest.files if ATTRIBUTION_FILES.fullmatch(file)]
         known = {point.index: point.name for point in self.checkpoints}
         if not files:
@@ -360,6 +367,8 @@ class Run:
         return self._table("importance")
 
     def _table(self, name: str) -> xr.Dataset:
+        from driftlens.analysis.cache import ANALYSIS_NAME, open_cache, read_table, write_cache
+
         if name in self._tables:
             return self._tables[name]
         if not self._recordings:
@@ -388,6 +397,8 @@ class Run:
 
     def tables(self) -> dict[str, xr.Dataset]:
         """Return all tables by name: drift, codrift, summary, trend, subspaces, importance."""
+        from driftlens.analysis.datasets import TABLES
+
         return {name: self._table(name) for name in TABLES}
 
     @property
@@ -398,6 +409,8 @@ class Run:
     @property
     def analysis_key(self) -> str:
         """SHA-256 of what the analysis depends on: the listed recordings and the anchors."""
+        from driftlens.analysis.cache import cache_key
+
         return cache_key(
             recordings={file: self.manifest.files[file].sha256 for file in self.used_files},
             tasks=list(self.stream_tasks),
@@ -408,6 +421,8 @@ class Run:
             pass
 
     def _analyse(self) -> dict[str, xr.Dataset]:
+        from driftlens.analysis.analyse import analyse
+
         with self.open_recordings() as (recordings, noise):
             points = [point for point in self.checkpoints if point.name in self._recordings]
             return analyse(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from driftlens.analysis.attribution_files import ATTRIBUTION_FILES
-from driftlens.analysis.cache import ANALYSIS_NAME, file_stamp, write_cache
+from driftlens.analysis.cache import ANALYSIS_NAME, write_cache
+from driftlens.analysis.listing import file_stamp
 from driftlens.analysis.run import Run, open_run
 from driftlens.errors import ConfigError
 from driftlens.store import Manifest, Recording, atomic_folder, gram_matrices, thin_recording

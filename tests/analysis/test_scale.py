@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +197,16 @@ def test_another_process_that_takes_the_cache_away_costs_no_tables(copy: Path, m
     monkeypatch.setattr(cache, "write_table", removed)
     assert "router_js" in open_run(copy).drift
     assert not (copy / "analysis.h5").exists()
+
+
+def test_opening_and_listing_runs_import_no_table_library(master: Path) -> None:
+    program = (
+        "import sys, driftlens as dl; from driftlens.analysis import list_runs\n"
+        "text = repr(dl.open(sys.argv[1])), len(list_runs(sys.argv[1]))\n"
+        "print(sorted({'xarray', 'pandas', 'scipy', 'torch', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(master)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # --- lazy reading --------------------------------------------------------------------------------------------------
