@@ -217,6 +217,8 @@ def _panel(figure: go.Figure, part: pd.DataFrame, look: Theme, row: int, column:
         text=text,
         showarrow=False,
         font={"size": 11, "color": look.muted},
+        bgcolor=look.background,  # grid lines end at the words
+        borderpad=0,
         row=row,
         col=column,
     )
