@@ -220,13 +220,14 @@ def _nodes(frame: pd.DataFrame) -> list[str]:
 
 
 def _restores(frame: pd.DataFrame) -> list[str]:
-    lines = [_cells(["method", "task", "sites", "Spearman", "ledger total", "sum of single restores"])]
-    lines.append("|" + "---|" * 6)
+    lines = [_cells(["method", "task", "sites", "Spearman", "Pearson", "ledger total", "sum of single restores"])]
+    lines.append("|" + "---|" * 7)
     for (method, task), part in frame.groupby(["method", "task"], sort=False):
         booked = (part["ledger_router"] + part["ledger_experts"]).to_numpy()
-        rho = float(spearman(booked, part["restore_both"].to_numpy()))
-        total, single = booked.sum(), part["restore_both"].sum()
-        lines.append(_cells([method, task, str(len(part)), f"{rho:.2f}", f"{total:.3f}", f"{single:.3f}"]))
+        restored = part["restore_both"].to_numpy()
+        rho, r = float(spearman(booked, restored)), float(np.corrcoef(booked, restored)[0, 1])
+        total, single = booked.sum(), restored.sum()
+        lines.append(_cells([method, task, str(len(part)), f"{rho:.2f}", f"{r:.3f}", f"{total:.3f}", f"{single:.3f}"]))
     return [
         *lines,
         "",
@@ -247,7 +248,7 @@ def _depth(runs: Path) -> list[str]:
         total = found["ledger_site"].sum("part").sel(task=found["reason"] == 0).mean("task")
         old = drift.sel(probe=[name for name in drift["probe"].to_numpy() if name in run.tasks[:-1]]).mean("probe")
         for group in found["depth"].to_numpy().tolist():
-            ends = [int(n) for n in group.split(" ")[1].split("-")]
+            ends = [int(n) for n in group.split(" ")[1].split("-")]  # "layers 20-21 both"
             layers = range(ends[0], ends[-1] + 1)
             sites = [i for i, layer in enumerate(found["layer"].to_numpy().tolist()) if layer in layers]
             at = [i for i, layer in enumerate(drift["layer"].to_numpy().tolist()) if layer in layers]
@@ -257,7 +258,7 @@ def _depth(runs: Path) -> list[str]:
                 _cells(
                     [
                         run.method,
-                        group,
+                        group.removesuffix(" both").removeprefix("layers "),
                         f"{float(total.isel(site=sites).sum()):.3f}",
                         f"{float(shapley):.3f} ± {error:.3f}",
                         f"{float(old.isel(site=at).mean()):.3f}",
