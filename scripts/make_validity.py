@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftlens.analysis import Validity, open_run
+from driftlens.analysis.ranks import rank_correlation
 from driftlens.analysis.simple import SIMPLE
 from driftlens.analysis.study import ATTRIBUTED, validity_rows
 from driftlens.analysis.validity import correlate
@@ -48,7 +49,7 @@ def main() -> None:
     numbers = study.table.round(4)
     write_bytes(out.with_suffix(".csv"), numbers.to_csv(index=False).encode())
     kept = shown[[name for name in shown.columns if not str(name).endswith("_noise")]]
-    write_bytes(out.with_name(f"{out.name}_rows.csv"), kept.round(6).to_csv(index=False).encode())
+    write_bytes(out.with_name(f"{out.name}_rows.csv"), kept.to_csv(index=False, float_format="%.6g").encode())
     write_bytes(out.with_name(f"{out.name}_search.csv"), search.round(4).to_csv(index=False).encode())
     text = page(rows, study, search, args.draws)
     write_bytes(out.with_suffix(".md"), text.encode())
@@ -98,10 +99,7 @@ def criterion(rows: pd.DataFrame, measures: list[str]) -> pd.Series:
 
 def spearman(rows: pd.DataFrame, measure: str, target: str) -> float:
     """Return Spearman's correlation over the rows that have both; NaN where a side is constant."""
-    both = rows[[measure, target]].dropna()
-    if len(both) < 5 or both[measure].nunique() < 2:
-        return float("nan")
-    return float(both[measure].rank().corr(both[target].rank()))
+    return float(rank_correlation(rows[measure], rows[target])[0])
 
 
 def page(rows: pd.DataFrame, study: Validity, search: pd.DataFrame, draws: int) -> str:

@@ -2,6 +2,9 @@
 
 A draw is a vector of weights, how often every row occurs in it. The rank of a row in a drawn sample follows from
 the weights of the rows below it, so no sample is ever formed; weight 0 leaves a row out.
+
+Values that differ by rounding alone are ties: 2/3 - 1/3 and 1 - 2/3 are the same loss, and a router that did not move
+has no order among its 1e-17.
 """
 
 from __future__ import annotations
@@ -101,7 +104,7 @@ def partial_rank_correlation(
     used = np.ones((1, int(defined.sum()))) if weights is None else weights[:, defined]
     if used.shape[1] == 0:
         return np.full(used.shape[0], np.nan)
-    covariance = _rank_covariance(columns[:, defined], used)
+    covariance = _rank_covariance(np.stack([_settled(column[defined]) for column in columns]), used)
     inner = covariance[:, :2, :2]
     if given:
         # A pseudo-inverse: a covariate that is constant in a draw must not undo the draw.
@@ -112,6 +115,14 @@ def partial_rank_correlation(
     left: NDArray[np.bool_] = (variance > _CONSTANT * np.maximum(whole, 1.0)).all(axis=-1)
     scale = np.sqrt(np.where(left, variance.prod(axis=-1), 0.0))
     return np.clip(divide(inner[:, 0, 1], scale), -1.0, 1.0)
+
+
+def _settled(values: Rows) -> Rows:
+    """Values to twelve significant digits, and 0 where they are below 1e-12 of the largest."""
+    size = np.abs(values)
+    digits = 10.0 ** (11 - np.floor(np.log10(np.where(size > 0, size, 1.0))))
+    result: FloatArray = np.where(size <= 1e-12 * size.max(initial=0.0), 0.0, np.round(values * digits) / digits)
+    return result
 
 
 def _rank_covariance(

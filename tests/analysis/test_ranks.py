@@ -92,3 +92,15 @@ def test_whole_clusters_are_drawn():
     for name in "abc":
         assert (weights[:, clusters == name] == weights[:, clusters == name][:, :1]).all()
     np.testing.assert_array_equal(weights[:, [0, 2, 5]].sum(axis=1), 3)
+
+
+def test_what_differs_by_rounding_is_a_tie():
+    thirds = [2 / 3 - 1 / 3, 1 - 2 / 3, 1 / 3, 0.0, 1.0]
+    assert len(set(thirds)) > 3
+    assert rank_correlation(thirds, [5, 1, 3, 0, 9])[0] == pytest.approx(
+        spearmanr([1, 1, 1, 0, 2], [5, 1, 3, 0, 9]).statistic, abs=1e-12
+    )
+    still = [1e-17, -1e-18, 0.0, 0.5, 0.7]
+    assert rank_correlation(still, [5, 1, 3, 7, 9])[0] == pytest.approx(
+        spearmanr([0, 0, 0, 1, 2], [5, 1, 3, 7, 9]).statistic, abs=1e-12
+    )

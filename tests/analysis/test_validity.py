@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -255,3 +257,26 @@ def test_two_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     same = [make_run(tmp_path / place / "run", seed=seed, **sizes) for seed, place in enumerate("xy")]
     rows = validity(same, draws=20).rows
     assert set(rows["run"]) == {str(path) for path in same}
+
+
+@pytest.mark.slow
+def test_the_script_writes_its_tables(tmp_path, monkeypatch):
+    sizes = {"samples": 3, "tokens_per_sample": 3, "sites": 2, "tasks": ("a", "b", "c", "d")}
+    for method in ("one", "two"):
+        for seed in (0, 1):
+            make_run(tmp_path / "runs" / f"{method}-{seed}", seed=seed, method=method, **sizes)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    script = importlib.import_module("make_validity")
+    out = tmp_path / "out" / "validity"
+    monkeypatch.setattr("sys.argv", ["x", "--runs", str(tmp_path / "runs"), "--out", str(out), "--draws", "10"])
+    script.main()
+    page = out.with_suffix(".md").read_text()
+    assert "24 rows (old task at a later checkpoint) of 4 runs: one, two; seeds 0, 1." in page
+    assert page.count("## Chosen on seed 0, looked at on seed 1") == 1
+    assert "## Chosen without one method" in page
+    rows = pd.read_csv(out.with_name("validity_rows.csv"))
+    assert len(rows) == 24
+    search = pd.read_csv(out.with_name("validity_search.csv")).set_index("measure")
+    wanted = rows[["impact_scored", "lost_strict"]].corr("spearman").iloc[0, 1]
+    assert search.loc["impact_scored", "strict_all"] == pytest.approx(wanted, abs=1e-3)
+    assert search.loc["impact_scored", "strict_without_one"] == pytest.approx(search.loc["impact_scored", "strict_two"])
