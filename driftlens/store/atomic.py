@@ -185,7 +185,8 @@ def _prepare(target: Path, partial: Path, *, overwrite: bool, needed: int | None
     if target.exists() and not overwrite:
         raise StorageError(
             f"{target} exists already and was left as it is. "
-            "Delete it, choose another name, or have it replaced (record --fresh, export --overwrite; in Python overwrite=True)."
+            "Delete it, choose another name, or have it replaced (record --fresh, export --overwrite; in Python "
+            "overwrite=True)."
         )
     _remove(partial)
     if needed is not None:
