@@ -37,7 +37,7 @@ CPU_SECONDS = 2.0
 WALL_SECONDS = 120
 MEMORY = 512 << 20
 GROWTH_KIB = 200 << 10
-OUTCOMES = ("refused", "equal", "different", "missed", "exception", "memory")
+OUTCOMES = ("refused", "equal", "different", "missed", "exception", "memory", "unseen")
 BATCH = 5_000
 MAX_PER_KIND = 4
 MAX_CORPUS_BYTES = 2 << 20
@@ -82,7 +82,9 @@ def capped(path: Path, seed: _fuzz.Seed, sealed: bool, first: str = "both", key:
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     if growth > GROWTH_KIB:
         return "memory:growth"
-    return "exception:silent" if outcome == "different" and not sealed else outcome
+    if outcome == "different" and not sealed:
+        return "unseen" if _fuzz.unseen(seed, path.read_bytes()) else "exception:silent"
+    return outcome
 
 
 def place(folder: Path, data: bytes) -> Path:

@@ -161,7 +161,7 @@ class SiteInfo:
 
     Attributes:
         name: module path inside the base model, for example ``model.layers.20.mlp.down_proj``.
-        layer: index of the decoder layer.
+        layer: index of the decoder layer; -1 where the path names none.
         kind: kind of module, for example ``down_proj``.
         num_experts: E, the number of routed experts.
         rank: r, the rank of one expert; 0 where the site has a router but no low-rank pathways.
@@ -201,7 +201,7 @@ class SiteInfo:
                 f"Site {self.name!r} has semantics {self.semantics!r}; allowed are {', '.join(SEMANTICS)}. "
                 "Describe how its experts combine, or upgrade driftlens."
             )
-        limits = {"num_experts": 1, "rank": 0, "d_in": 1, "d_out": 1, "top_k": 0, "shared_experts": 0}
+        limits = {"layer": -1, "num_experts": 1, "rank": 0, "d_in": 1, "d_out": 1, "top_k": 0, "shared_experts": 0}
         for field, low in limits.items():
             value = getattr(self, field)
             if not low <= value <= MAX_EXTENT:
@@ -209,10 +209,8 @@ class SiteInfo:
                     f"Site {self.name!r} has {field} = {value}; allowed are {low} to {MAX_EXTENT}. "
                     "Check how the site was described."
                 )
-        if not -(1 << 31) <= self.layer < 1 << 31 or not np.isfinite(self.scaling):
-            raise FormatError(
-                f"Site {self.name!r} has layer {self.layer} and scaling {self.scaling}; both must be finite."
-            )
+        if not np.isfinite(self.scaling):
+            raise FormatError(f"Site {self.name!r} has scaling {self.scaling}; it must be finite.")
 
 
 @dataclass(frozen=True)

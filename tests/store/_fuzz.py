@@ -436,6 +436,19 @@ _SEALED: tuple[Callable[[Seed, bytearray, random.Random], None], ...] = (
 )  # fmt: skip
 
 
+def unseen(seed: Seed, data: bytes) -> bool:
+    """Whether the stored checksums cannot tell ``data`` from the seed: fletcher32 takes 0x0000 and 0xffff for equal."""
+    if len(data) != len(seed.data):
+        return False
+    changed = np.flatnonzero(np.frombuffer(data, np.uint8) != np.frombuffer(seed.data, np.uint8)).tolist()
+    left = set(changed)
+    for start, size in seed.chunks:
+        end = start + size - 4
+        if data[start:end] != seed.data[start:end] and fletcher32(data[start:end]) == fletcher32(seed.data[start:end]):
+            left -= set(range(start, end))
+    return bool(changed) and not left
+
+
 # --- the corpus ------------------------------------------------------------------------------------------------------
 
 
