@@ -99,6 +99,7 @@ def js_of_shares(first: FloatArray, second: FloatArray, base: float = 2) -> Floa
     middle = (first + second) / 2
     nats = (_relative_entropy(first, middle) + _relative_entropy(second, middle)) / 2
     one_absent = (first.sum(axis=-1) == 0) != (second.sum(axis=-1) == 0)
+    one_absent &= ~np.isnan(nats)  # "nobody" against a broken row is not known to be a change
     clipped: FloatArray = np.clip(np.where(one_absent, math.log(2), nats), 0.0, math.log(2)) / math.log(base)
     return clipped
 
@@ -153,8 +154,8 @@ def mass_moved_tokens(gate0: Gates0, gate1: Gates1) -> PerToken:
     """Total variation between the gates of each token: [..., n] in 0..1."""
     first, second = (normalise(gate) for gate in _gates(gate0, gate1))
     one_absent = (first.sum(axis=-1) == 0) != (second.sum(axis=-1) == 0)
-    distance: FloatArray = np.where(one_absent, 1.0, np.abs(first - second).sum(axis=-1) / 2)
-    return distance
+    distance: FloatArray = np.abs(first - second).sum(axis=-1) / 2
+    return np.where(one_absent & ~np.isnan(distance), 1.0, distance)
 
 
 def mass_moved(gate0: Gates0, gate1: Gates1, sample: Sample | None = None) -> PerSite:

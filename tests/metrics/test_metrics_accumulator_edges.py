@@ -92,3 +92,34 @@ def test_half_of_a_pair_without_output_does_not_hide_the_other() -> None:
     for half in (slice(0, 4), slice(4, None)):
         sums.update(m.responsibility_tokens(*(s[n][:, half] for n in ("gate0", "gate1", "norm0", "norm1"))))
     assert sums.result().reason.tolist() == [m.Reason.DEFINED, m.Reason.NO_OUTPUT_CURRENT]
+
+
+def test_plain_sums_add_up_and_leave_their_operands_alone() -> None:
+    first, second = m.ProbeSums(), m.ProbeSums()
+    for _ in range(2):
+        first.update(3, {"x": np.array([1.0, 2.0], dtype=np.float32)})
+    second.update(5, {"x": np.array([10.0, 20.0]), "y": np.ones(1)})
+    both = first.merge(second)
+    assert (first.count, second.count, both.count) == (6, 5, 11)
+    assert both.result()["x"].tolist() == [12.0, 24.0]
+    assert both.result()["x"].dtype == np.float64
+    assert both.result()["y"].tolist() == [1.0]
+    assert first.result()["x"].tolist() == [2.0, 4.0]
+
+
+def test_sums_by_sample_merge_by_sample_and_pass_nan_unless_told() -> None:
+    def added(samples: list[int], values: list[float], **options: bool) -> m.SampleSums:
+        sums = m.SampleSums()
+        sums.update(np.array(samples), {"x": values}, **options)
+        return sums
+
+    first, second = added([5, 2, 5], [1.0, 10.0, 3.0]), added([9, 2], [7.0, 20.0])
+    both = first.merge(second)
+    assert both.sample.tolist() == [2, 5, 9]
+    assert both.result()["x"].tolist() == [15.0, 2.0, 7.0]
+    for merged in (first.merge(m.SampleSums()), m.SampleSums().merge(first)):
+        assert merged.sample.tolist() == [2, 5]
+        assert merged.result()["x"].tolist() == [10.0, 2.0]
+    assert np.isnan(added([5, 5], [1.0, np.nan]).result()["x"]).tolist() == [True]
+    assert added([5, 5], [1.0, np.nan], skip_undefined=True).result()["x"].tolist() == [1.0]
+    assert added([], []).result()["x"].shape == (0,)

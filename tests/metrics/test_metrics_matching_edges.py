@@ -63,3 +63,31 @@ def test_no_sites_have_no_matching() -> None:
     found = m.best_matching(np.zeros((0, 3, 2)))
     assert found.partner.shape == found.score.shape == (0, 3)
     assert found.total.shape == (0,)
+
+
+def test_other_sites_are_spread_evenly_and_never_the_own() -> None:
+    profiles = np.random.default_rng(2).dirichlet(np.ones(3), size=(2, 5, 12))
+    every = [
+        m.best_matching(m.profile_similarity(profiles[0], np.roll(profiles[1], step, axis=0))).total
+        for step in range(1, 5)
+    ]
+    np.testing.assert_allclose(m.other_site_scores(*profiles), every)
+    np.testing.assert_allclose(m.other_site_scores(*profiles, most=2), [every[0], every[3]])
+    np.testing.assert_allclose(m.other_site_scores(*profiles[:, :2]).shape, (1, 2))
+    assert m.other_site_scores(*profiles[:, :1]).shape == (0, 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_that_all_agree_have_no_z_and_the_surplus_has_no_null() -> None:
+    profiles = np.random.default_rng(3).dirichlet(np.ones(3), size=(2, 12))
+    same = np.tile(np.random.default_rng(4).permutation(12), (5, 1))
+    assert np.isnan(m.match_profiles(*profiles, same).z)
+    found = m.match_profiles(profiles[0], profiles[1][:, :2], m.null_pairings(PROBE, SAMPLE, draws=50))
+    alone = found.matching.partner < 0
+    assert alone.sum() == 1
+    for value in (found.expert_null_mean, found.expert_null_high, found.expert_p):
+        np.testing.assert_array_equal(np.isnan(value), alone)
+    other = m.null_pairings(PROBE, SAMPLE, draws=50)
+    totals = [m.best_matching(m.profile_similarity(profiles[0], profiles[1][order])).total for order in other]
+    wanted = (m.match_profiles(*profiles, other).matching.total - np.mean(totals)) / np.std(totals)
+    np.testing.assert_allclose(m.match_profiles(*profiles, other).z, wanted, rtol=1e-8)

@@ -335,3 +335,20 @@ def test_broken_gates_have_no_ties() -> None:
         ties = m.top1_switch(first, second).ties
         assert ties[0] == 0
         assert np.isnan(ties[1])
+
+
+def test_a_token_without_a_site_marks_nothing_in_any_batch() -> None:
+    gate = gates(23, 2, 3, 4)
+    gate[1, 2] = 0
+    assert m.topk_mask(gate, 2).sum(-1).tolist() == [[2, 2, 2], [2, 2, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_divergences_of_zeros_and_broken_gates_make_no_noise() -> None:
+    rows = np.array([[0.0, 1.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    found = m.js_divergence(rows[:, None], rows)
+    broken = np.array([False, False, True, True, False, False])
+    np.testing.assert_array_equal(np.isnan(found), broken[:, None] | broken)
+    moved = m.mass_moved_tokens(np.repeat(rows, 6, axis=0), np.tile(rows, (6, 1)))
+    np.testing.assert_array_equal(np.isnan(moved.reshape(6, 6)), broken[:, None] | broken)
+    np.testing.assert_array_equal(np.diagonal(found)[~broken], 0)
