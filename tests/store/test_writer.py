@@ -217,7 +217,7 @@ def site_with(**fields: Any) -> list[SiteInfo]:
         ({"sample_ids": {"other": []}}, r"sample ids are given for \['other'\], the probes are \['task-0'\]"),
         ({"sites": site_with(num_experts=0)}, "has num_experts = 0; allowed are 1 to"),
         ({"sites": site_with(rank=-1)}, "has rank = -1; allowed are 0 to"),
-        ({"sites": site_with(scaling=float("nan"))}, "has layer 0 and scaling nan"),
+        ({"sites": site_with(scaling=float("nan"))}, "has scaling nan"),
         ({"sites": site_with(name="")}, "name of site '' cannot be stored"),
         (
             {"sites": site_with(kind="a\0b")},
