@@ -191,3 +191,11 @@ def test_impossible_requests_are_named() -> None:
         m.null_test(1.0, [1.0], "left")  # type: ignore[arg-type]  # a caller without types
     with pytest.raises(ConfigError, match="D >= 1"):
         m.null_test([1.0], [1.0])
+
+
+def test_few_draws_and_large_values_are_placed_too() -> None:
+    one = m.null_test(2.0, [1.0])
+    assert (one.p_value, m.null_test(2.0, [1.0], "high").p_value) == (1.0, 0.5)
+    assert m.null_test(2.0, [1.0, 4.0]).spread == pytest.approx(np.sqrt(4.5))
+    ties = m.null_test(1e6, [1e6 + 1e-7, 1e6 - 1e-7], "high")  # equal to rounding, whatever their size
+    assert (ties.percentile, ties.p_value) == (0.5, 1.0)
