@@ -113,7 +113,8 @@ class Tab:
         self.page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning] h1")
         self.page.wait_for_function(
             "() => !document.querySelector('[data-stale=true], [data-testid=stSkeleton]') && "
-            "[...document.querySelectorAll('[data-testid=stPlotlyChart]')].every(chart => chart.querySelector('.js-plotly-plot .main-svg'))"
+            "[...document.querySelectorAll('[data-testid=stPlotlyChart]')]"
+            ".every(chart => chart.querySelector('.js-plotly-plot .main-svg'))"
         )
 
     def wait_for(self, figure: str) -> None:
