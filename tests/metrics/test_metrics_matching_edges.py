@@ -91,3 +91,23 @@ def test_draws_that_all_agree_have_no_z_and_the_surplus_has_no_null() -> None:
     totals = [m.best_matching(m.profile_similarity(profiles[0], profiles[1][order])).total for order in other]
     wanted = (m.match_profiles(*profiles, other).matching.total - np.mean(totals)) / np.std(totals)
     np.testing.assert_allclose(m.match_profiles(*profiles, other).z, wanted, rtol=1e-8)
+
+
+def test_draws_that_agree_but_for_rounding_are_ties() -> None:
+    rng = np.random.default_rng(5)
+    profiles = np.repeat(rng.dirichlet(np.ones(3), size=(2, 8, 40)), 3, axis=2)  # every unit three times
+    orders = np.arange(120).reshape(40, 3)[None] + np.zeros((30, 1, 1), dtype=int)
+    alike = rng.permuted(orders, axis=2).reshape(30, 120)  # draws exchange equal units only
+    found = m.match_profiles(*profiles, alike)
+    assert np.isnan(found.z).all()
+    np.testing.assert_array_equal(found.p, 1.0)
+    np.testing.assert_array_equal(found.expert_p, 1.0)
+    assert found.overall_p == 1.0
+
+
+def test_the_level_is_that_of_both_intervals() -> None:
+    profiles = np.random.default_rng(6).dirichlet(np.ones(3), size=(2, 12))
+    pairings = m.null_pairings(PROBE, SAMPLE, draws=200)
+    wide, narrow = (m.match_profiles(*profiles, pairings, level=level) for level in (0.95, 0.1))
+    assert narrow.null_high < wide.null_high
+    assert (narrow.expert_null_high < wide.expert_null_high).all()

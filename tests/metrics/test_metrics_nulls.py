@@ -199,3 +199,12 @@ def test_few_draws_and_large_values_are_placed_too() -> None:
     assert m.null_test(2.0, [1.0, 4.0]).spread == pytest.approx(np.sqrt(4.5))
     ties = m.null_test(1e6, [1e6 + 1e-7, 1e6 - 1e-7], "high")  # equal to rounding, whatever their size
     assert (ties.percentile, ties.p_value) == (0.5, 1.0)
+
+
+def test_the_whole_space_overlaps_with_everything_and_its_neighbour_is_seeded() -> None:
+    whole = m.random_overlap_null([1.0, 1.0], 2, 3, 3, draws=7)
+    np.testing.assert_array_equal(whole.mean, 1.0)
+    np.testing.assert_array_equal(whole.spread, 0.0)
+    np.testing.assert_array_equal(whole.p_value, 1.0)
+    first, second = (m.random_overlap_null(0.9, 4, 4, 5, draws=20, seed=3) for _ in range(2))
+    assert first == second

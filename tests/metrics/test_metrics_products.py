@@ -1,5 +1,6 @@
 """Products of expert outputs, which give the co-drift of any gates, against outputs formed in full."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -95,3 +96,21 @@ def test_small_products_of_a_single_site_are_what_they_are() -> None:
     wanted = m.codrift_from_grams(gate0[0], gate1[0], z0[0], z1[0], *grams)
     for name in ("rr", "ee", "re", "u00_sq", "u11_sq"):
         np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("tokens", [64, 150])
+def test_blocks_of_tokens_give_what_all_tokens_at_once_give(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    gates = rng.random((2, S, tokens, 3))
+    paths = rng.normal(size=(2, S, tokens, 3, 2))
+    grams = m.expert_grams(*rng.normal(size=(2, S, 3, D, 2)))
+    wanted = m.codrift_from_grams(*gates, *paths, *grams)
+    monkeypatch.setattr(sys.modules[expert_products.__module__], "_CACHED_BYTES", 1)  # blocks of 64
+    pairs = ((paths[0], paths[0]), (paths[0], paths[1]), (paths[1], paths[1]))
+    products = [expert_products(*pair, gram) for pair, gram in zip(pairs, grams, strict=True)]
+    for product, (first, second), gram in zip(products, pairs, grams, strict=True):
+        split = gram.reshape(S, 3, 2, 3, 2)
+        np.testing.assert_allclose(product, np.einsum("snek,sekfl,snfl->snef", first, split, second), atol=1e-10)
+    found = codrift_from_products(*gates, *products)
+    for name in ("rr", "ee", "re", "u00_sq", "u11_sq"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-8, atol=1e-10)
