@@ -111,3 +111,12 @@ def test_the_level_is_that_of_both_intervals() -> None:
     wide, narrow = (m.match_profiles(*profiles, pairings, level=level) for level in (0.95, 0.1))
     assert narrow.null_high < wide.null_high
     assert (narrow.expert_null_high < wide.expert_null_high).all()
+
+
+def test_an_expert_without_a_part_has_no_partner_in_any_draw() -> None:
+    profiles = np.random.default_rng(7).dirichlet(np.ones(3), size=(2, 12))
+    profiles[1][:, 0] = 0.2
+    found = m.match_profiles(*profiles, m.null_pairings(PROBE, SAMPLE, draws=40))
+    assert 0 not in found.matching.partner.tolist()
+    assert (found.matching.partner < 0).sum() == 1
+    assert np.isfinite(found.overall_null_mean)

@@ -114,3 +114,14 @@ def test_blocks_of_tokens_give_what_all_tokens_at_once_give(tokens: int, monkeyp
     found = codrift_from_products(*gates, *products)
     for name in ("rr", "ee", "re", "u00_sq", "u11_sq"):
         np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-8, atol=1e-10)
+
+
+def test_what_lacks_a_site_axis_serves_all_sites() -> None:
+    (_, z0, B0), (_, z1, B1) = side(0, 3, 2), side(1, 4, 5)
+    gram = m.expert_grams(B0, B1)[1]
+    for first, second, inner in ((z0[0], z1, gram[0]), (z0, z1[0], gram[0]), (z0[0], z1[0], gram)):
+        found = expert_products(first, second, inner)
+        for site in range(S):
+            parts = (part[site] if part.shape[0] == S and part.ndim == whole else part
+                     for part, whole in ((first, 4), (second, 4), (inner, 3)))  # fmt: skip
+            np.testing.assert_allclose(found[site], expert_products(*parts), rtol=1e-12)
