@@ -147,9 +147,7 @@ def write_tables(runs: Path, out: Path) -> None:
         lines += ["", "## Residual by number of nodes", "", *_nodes(pd.read_csv(nodes))]
     if restores.is_file():
         lines += ["", "## Ledger entries of single sites against exact restores", "", *_restores(pd.read_csv(restores))]
-    depth = _depth(runs)
-    if depth:
-        lines += ["", "## By depth", "", *depth]
+    lines += ["", "## By depth", "", *_depth(runs)]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -237,38 +235,42 @@ def _restores(frame: pd.DataFrame) -> list[str]:
 
 
 def _depth(runs: Path) -> list[str]:
-    """Ledger and Shapley value by group of layers beside the co-drift divergence there, seed 0."""
-    lines = []
-    for folder in sorted(path for path in runs.glob("*-seed0") if list(path.glob("attribution/*/*.h5"))):
+    """Ledger by group of layers and the co-drift divergence there, over seeds; Shapley values of seed 0."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for folder in sorted(path for path in runs.glob("*-seed*") if list(path.glob("attribution/*/*.h5"))):
         run = open_run(folder)
-        found = run.attribution.isel(checkpoint=-1)
-        if "depth_shapley" not in found:
-            continue
-        drift = run.codrift["codrift_divergence"].isel(checkpoint=-1)
-        total = found["ledger_site"].sum("part").sel(task=found["reason"] == 0).mean("task")
-        old = drift.sel(probe=[name for name in drift["probe"].to_numpy() if name in run.tasks[:-1]]).mean("probe")
-        for group in found["depth"].to_numpy().tolist():
-            ends = [int(n) for n in group.split(" ")[1].split("-")]  # "layers 20-21 both"
-            layers = range(ends[0], ends[-1] + 1)
-            sites = [i for i, layer in enumerate(found["layer"].to_numpy().tolist()) if layer in layers]
-            at = [i for i, layer in enumerate(drift["layer"].to_numpy().tolist()) if layer in layers]
-            shapley = found["depth_shapley"].sel(depth=group, task=found["reason"] == 0).mean("task")
-            error = float(np.sqrt((found["depth_error"].sel(depth=group, task=found["reason"] == 0) ** 2).mean()))
-            lines.append(
-                _cells(
-                    [
-                        run.method,
-                        group.removesuffix(" both").removeprefix("layers "),
-                        f"{float(total.isel(site=sites).sum()):.3f}",
-                        f"{float(shapley):.3f} ± {error:.3f}",
-                        f"{float(old.isel(site=at).mean()):.3f}",
-                    ]
-                )
-            )
-    if not lines:
-        return []
-    head = [_cells(["method", "layers", "ledger (nats)", "Shapley (nats)", "codrift_divergence"]), "|" + "---|" * 5]
-    return [*head, *lines, "", "Seed 0, means over old tasks; ± is the error of sampling permutations of one task."]
+        table = run.attribution.isel(checkpoint=-1)
+        table = table.sel(task=table["reason"] == 0)
+        drift = run.codrift["codrift_divergence"].isel(checkpoint=-1).sel(probe=list(run.tasks[:-1]))
+        lost = table["ledger_site"].sum("part").mean("task")
+        for first in range(int(table["layer"].min()), int(table["layer"].max()) + 1, 2):
+            name = f"{first}-{first + 1}"
+            cell = {
+                "ledger": float(lost.isel(site=table["layer"].isin([first, first + 1]).to_numpy()).sum()),
+                "drift": float(drift.isel(site=drift["layer"].isin([first, first + 1]).to_numpy()).mean()),
+            }
+            if "depth_shapley" in table:
+                group = table.sel(depth=f"layers {name} both")
+                cell["shapley"] = float(group["depth_shapley"].mean())
+                cell["error"] = float(np.sqrt((group["depth_error"] ** 2).mean()))
+            found.setdefault((run.method, name), []).append(cell)
+    names = ["method", "layers", "ledger (nats)", "ledger, seed 0", "Shapley (nats), seed 0", "codrift_divergence"]
+    lines = [_cells(names), "|" + "---|" * len(names)]
+    for (method, name), cells in sorted(found.items()):
+        ledger, drift = (np.array([cell[key] for cell in cells]) for key in ("ledger", "drift"))
+        exact = next((cell for cell in cells if "shapley" in cell), None)
+        seed0 = (
+            ["-", "-"]
+            if exact is None
+            else [f"{exact['ledger']:.3f}", f"{exact['shapley']:.3f} ± {exact['error']:.3f}"]
+        )
+        spread = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in (ledger, drift)]
+        lines.append(_cells([method, name, spread[0], *seed0, spread[1]]))
+    note = (
+        "Means over old tasks, then mean ± standard deviation over seeds. Shapley values were made for seed 0; their ± "
+        "is the error of sampling permutations of one task."
+    )
+    return [*lines, "", note]
 
 
 if __name__ == "__main__":
