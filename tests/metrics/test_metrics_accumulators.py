@@ -74,7 +74,10 @@ def test_usage_from_shards_is_that_of_all_tokens(scene: Scene, cut: int, by_samp
     assert_close(usage.load, m.load(scene.gate0, sample))
     assert_close(usage.gate_entropy, m.gate_entropy(scene.gate0, sample))
     assert_close(usage.load_entropy, m.load_entropy(scene.gate0, sample))
-    assert_close(usage.dead_experts, m.dead_experts(scene.gate0, sample))
+    limit = np.isclose(usage.load, 1 / (10 * EXPERTS), rtol=1e-9).any(
+        axis=-1
+    )  # a load of just that is decided by rounding
+    assert_close(usage.dead_experts[~limit], m.dead_experts(scene.gate0, sample)[~limit])
     assert_close(usage.coactivation, m.coactivation(scene.gate0, K, sample))
     assert_close(usage.rank_importance, m.rank_importance(scene.gate0, scene.z0, sample))
     assert_close(usage.second_moment, np.einsum("snek,snel->sekl", scene.z0, scene.z0) / scene.tokens)
