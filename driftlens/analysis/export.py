@@ -7,6 +7,7 @@ file with its columns and their definitions, and what could not be exported and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -27,7 +28,7 @@ from driftlens.analysis.datasets import attributes
 from driftlens.analysis.frames import Level, check_level
 from driftlens.analysis.frames import table as drift_table
 from driftlens.analysis.run import Run, open_run
-from driftlens.errors import ConfigError, NotFoundError, UnknownNameError
+from driftlens.errors import ConfigError, NotFoundError, StorageError, UnknownNameError
 from driftlens.store import atomic_folder
 
 __all__ = ["FORMATS", "comparison_dataset", "export_frames", "export_run", "export_tree"]
@@ -87,7 +88,7 @@ def export_run(
     Raises:
         ConfigError: another format or level, or a folder inside the run.
         NotFoundError: neither scores nor recordings.
-        StorageError: the folder exists, or the disk refuses.
+        StorageError: the folder exists, or with ``overwrite`` is not one that an export wrote; or the disk refuses.
     """
     if to not in FORMATS:
         raise UnknownNameError("format", to, FORMATS)
@@ -99,6 +100,8 @@ def export_run(
             f"{target} lies inside the run {run.path}, whose files are those that its manifest lists. "
             "Choose a folder elsewhere."
         )
+    if overwrite:
+        _check_replaceable(target)
     missing: dict[str, str] = {}
     about: dict[str, Any] = {"run": _identity(run), "format": to, "level": level, "versions": _versions()}
     if to == "netcdf":
@@ -133,6 +136,24 @@ def export_run(
         for row in rows:
             row["bytes"] = (partial / row["file"]).stat().st_size
     return rows
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise StorageError unless ``target`` is absent, empty, or holds an export and nothing else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    found = sorted(path.name for path in target.iterdir()) if target.is_dir() else [target.name]
+    listing = target / "export.json"
+    known = {listing.name}
+    if target.is_dir() and listing.is_file():
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            known |= set(json.loads(listing.read_text("utf-8"))["files"])
+    foreign = [name for name in found if name not in known]
+    if foreign or not listing.is_file():
+        raise StorageError(
+            f"{target} is not replaced: it holds what no export wrote ({', '.join((foreign or found)[:5])}). Only a "
+            "folder of an earlier export is replaced; choose another --out, or delete it yourself."
+        )
 
 
 def export_frames(

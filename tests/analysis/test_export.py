@@ -101,9 +101,11 @@ def test_an_existing_folder_is_left_alone_unless_it_may_be_replaced(run, tmp_pat
     with pytest.raises(StorageError, match="exists already"):
         export_run(run, out, "csv")
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    export_run(run, out, "parquet", overwrite=True)
     export_run(run, out, "csv", overwrite=True)
-    assert not (out / "mine.txt").exists()
     assert (out / "drift.csv").is_file()
+    assert not (out / "drift.parquet").exists()
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
@@ -171,3 +173,23 @@ def test_runs_over_other_streams_are_compared_only_when_asked(pair, tmp_path):
     assert table["comparable"].to_numpy().tolist() == [True, False]
     assert np.isnan(table["impact_by_probe"].sel(run="other")).all()
     assert np.isfinite(table["nll"].sel(run="other")).any()
+
+
+def test_only_a_folder_of_an_earlier_export_is_replaced(run, tmp_path):
+    own, file = tmp_path / "own", tmp_path / "README.md"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    file.write_text("mine too")
+    for target in (own, file):
+        with pytest.raises(StorageError, match="holds what no export wrote"):
+            export_run(run, target, "csv", overwrite=True)
+    out = tmp_path / "out"
+    export_run(run, out, "csv")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"notes\.txt"):
+        export_run(run, out, "csv", overwrite=True)
+    assert (own / "thesis.txt").read_text() == "mine"
+    assert file.read_text() == "mine too"
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    export_run(run, out, "csv", overwrite=True)
