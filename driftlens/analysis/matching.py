@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from driftlens.analysis.datasets import attributes
 from driftlens.analysis.inputs import check_aligned
+from driftlens.analysis.run import Run, open_run
 from driftlens.errors import ConfigError, NotFoundError, SiteError, UnknownNameError
 from driftlens.metrics import (
     NEAR_UNIFORM_ENTROPY,
@@ -26,9 +28,6 @@ from driftlens.metrics.arrays import FloatArray, as_float, mean_defined, normali
 from driftlens.metrics.matching import Exchange, ProfileMatching
 from driftlens.store import Recording
 
-if TYPE_CHECKING:
-    from driftlens.analysis.run import Run
-
 __all__ = ["align_experts", "match_experts"]
 
 Profile = Literal["responsibility", "gate"]
@@ -38,8 +37,8 @@ _EXPERT: Final = ("site", "expert")
 
 
 def match_experts(
-    run_a: Run,
-    run_b: Run,
+    run_a: Run | str | os.PathLike[str],
+    run_b: Run | str | os.PathLike[str],
     checkpoint: int | str | None = None,
     *,
     checkpoint_b: int | str | None = None,
@@ -53,8 +52,8 @@ def match_experts(
     """Match the experts of every site that two runs share, by what they are responsible for.
 
     Args:
-        run_a: its experts label the result.
-        run_b: a run recorded on the same probes.
+        run_a: a run or its folder; its experts label the result.
+        run_b: another, recorded on the same probes.
         checkpoint: index or name; None for the last one that both recorded.
         checkpoint_b: that of ``run_b``, where it is another one.
         profile: ``"responsibility"``: an expert's share of the update (metrics.md section 3b); ``"gate"``: its share of
@@ -85,6 +84,7 @@ def match_experts(
     """
     _choose("profile", profile, get_args(Profile))
     _choose("unit", unit, get_args(Unit))
+    run_a, run_b = (open_run(run) if isinstance(run, str | os.PathLike) else run for run in (run_a, run_b))
     point = _common_checkpoint(run_a, run_b) if checkpoint is None else checkpoint
     point_b = point if checkpoint_b is None else checkpoint_b
     with run_a.recording(point) as first, run_b.recording(point_b) as second:

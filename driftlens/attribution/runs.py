@@ -143,7 +143,7 @@ def _make(
     summaries = {cell.path: kept(cell) for cell in cells}
     missing = [cell for cell in cells if summaries[cell.path] is None]
     if on_estimate is not None and missing:
-        on_estimate(worker.estimates(missing))
+        on_estimate([_replacing(one) for one in worker.estimates(missing)])
     summaries |= {summary.path: summary for summary in worker.run(missing, finished)}
     return [summary for summary in summaries.values() if summary is not None]
 
@@ -153,7 +153,14 @@ def _estimates(worker: Worker, cells: Sequence[Cell], kept: set[Path]) -> list[A
         found = worker.estimates(cells)
     except DriftLensError as error:
         found = [replace(cell.blank, note=f"not measured, and attributing would fail: {error}") for cell in cells]
-    return [replace(one, note="there already: kept") if one.path in kept else one for one in found]
+    return [replace(one, note="there already: kept") if one.path in kept else _replacing(one) for one in found]
+
+
+def _replacing(estimate: AttributionEstimate) -> AttributionEstimate:
+    """Say of a cell that its file will be replaced; a longer note of its own comes first."""
+    if not estimate.path.is_file() or estimate.note:
+        return estimate
+    return replace(estimate, note="there already with other settings or checkpoints: is replaced")
 
 
 class _RunJob:

@@ -136,9 +136,12 @@ def _cost(found: Sequence[AttributionEstimate]) -> str:
     seconds = sum(estimate.seconds or 0.0 for estimate in found)
     about = f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
     each = found[0]
+    replaced = sum(estimate.note.startswith("there already") for estimate in found)
+    also = f" {replaced} of them replace a file made with other settings or checkpoints." if replaced else ""
     return (
         f"{len(found)} old task(s), each {each.forwards} forwards, {each.backwards} backwards and {each.scorings} "
         f"scorings of all samples: about {about}, {sum(e.bytes or 0 for e in found) / 1e6:.1f} MB before compression."
+        f"{also}"
     )
 
 

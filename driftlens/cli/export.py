@@ -21,7 +21,7 @@ def export(
     level: Annotated[
         Literal["probe", "site"], typer.Option(help="probe: without the tables by site, expert and pathway.")
     ] = "probe",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -157,3 +157,11 @@ def test_checkpoints_of_one_run_are_matched_with_themselves(folder: Path) -> Non
     np.testing.assert_array_equal(table["load_a"].where(table["aligned"]), table["load_a"])
     expected = slow.drift["load"].sel(checkpoint=3).where(table["aligned"])
     np.testing.assert_array_equal(table["load_b"].transpose("probe", "site", "expert"), expected)
+
+
+def test_runs_may_be_given_as_folders(tmp_path):
+    folder = make_run(tmp_path / "run")
+    found = dl.match_experts(folder, str(folder), draws=20)
+    assert found.equals(dl.match_experts(open_run(folder), open_run(folder), draws=20))
+    with pytest.raises(NotFoundError):
+        dl.match_experts(tmp_path / "nope", folder)

@@ -190,6 +190,11 @@ def test_other_settings_and_damaged_files_are_made_again(attributed, copy: Path)
     assert Manifest.load(copy).verify() == []
 
 
+def test_an_estimate_says_which_files_would_be_replaced(copy: Path) -> None:
+    told = [one.note for one in estimate_run_attribution(copy, replace(OPTIONS, nodes=2))]
+    assert told == ["there already with other settings or checkpoints: is replaced"] * 2
+
+
 def test_a_checkpoint_that_was_trained_again_is_attributed_again(copy: Path) -> None:
     weights = copy / "checkpoints" / "02-parity" / "adapter_model.safetensors"
     save_file({name: 1.1 * value for name, value in load_file(weights).items()}, weights)
